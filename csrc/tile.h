@@ -1,0 +1,161 @@
+// Row mathematics of a vocabulary tile, once, for every backend compiled from C++ (derivation: kernels/README.md).
+//
+// A row of transformed logits z is summarised relative to its running maximum m:
+//   s = sum exp(z - m)      t = sum exp(z - m) * (z - m)       label_d = z[label] - m     label_z = z[label]
+//   q = sum exp(z - m)^2    c = sum (z - m) over live entries  live = number of entries with z > -inf
+// so that lse = m + log s, logp = label_d - log s and entropy = log s - t / s never subtract two large numbers.
+//
+// Each instruction set compiles this header into its own namespace: an inline function emitted with AVX-512 under a
+// shared name could be the copy that the linker keeps for a machine without it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define EP_INLINE __host__ __device__ __forceinline__
+#else
+#define EP_INLINE inline __attribute__((always_inline))
+#endif
+
+#ifndef ENTROPY_PO_ISA
+#define ENTROPY_PO_ISA host
+#endif
+
+namespace entropy_po {
+namespace ENTROPY_PO_ISA {
+
+// What a fold accumulates. A lower level is a separate compiled variant and pays nothing for the higher ones.
+enum Level : int { kLogps = 0, kEntropy = 1, kExtras = 2 };
+
+template <class T>
+struct Numeric;
+
+template <>
+struct Numeric<float> {
+  using Int = int32_t;
+  static constexpr float kUnderflow = -87.0f;  // exp below this is flushed to an exact 0: 1.6e-38 against s >= 1
+  static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float kLog2e = 1.44269504088896341f;
+  static constexpr float kLn2Hi = 0.693359375f;
+  static constexpr float kLn2Lo = -2.12194440e-4f;
+  static constexpr Int kExponentBias = 127;
+  static constexpr int kMantissaBits = 23;
+  // (exp(r) - 1 - r) / r^2 on |r| <= ln2 / 2, interpolated at Chebyshev nodes: relative error of exp 1.1e-8,
+  // against a rounding unit of 6e-8.
+  static EP_INLINE float exp_tail(float r) {
+    float p = 0.0013926250394433737f;
+    p = p * r + 0.0083632329478860f;
+    p = p * r + 0.04166655242443085f;
+    p = p * r + 0.16666576266288757f;
+    return p * r + 0.5f;
+  }
+};
+
+template <>
+struct Numeric<double> {
+  using Int = int64_t;
+  static constexpr double kUnderflow = -708.0;
+  static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLog2e = 1.44269504088896340736;
+  static constexpr double kLn2Hi = 6.93147180369123816490e-01;
+  static constexpr double kLn2Lo = 1.90821492927058770002e-10;
+  static constexpr Int kExponentBias = 1023;
+  static constexpr int kMantissaBits = 52;
+  // Taylor through r^13 / 13!: the next term is 4e-18 on |r| <= ln2 / 2.
+  static EP_INLINE double exp_tail(double r) {
+    double p = 1.0 / 6227020800.0;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    return p * r + 0.5;
+  }
+};
+
+// exp(d) = scale * (1 + tail) for kUnderflow <= d <= 0. Branch-free, no libm call, so the loops around it vectorise;
+// a NaN stays a NaN (tail carries it).
+template <class T>
+EP_INLINE void exp_parts(T d, T& scale, T& tail) {
+  using N = Numeric<T>;
+  using Int = typename N::Int;
+  const T shifted = d * N::kLog2e + N::kRoundMagic;
+  const T n = shifted - N::kRoundMagic;
+  Int bits;
+  std::memcpy(&bits, &shifted, sizeof(T));
+  bits = static_cast<Int>((bits + N::kExponentBias) << N::kMantissaBits);
+  std::memcpy(&scale, &bits, sizeof(T));
+  const T r = (d - n * N::kLn2Hi) - n * N::kLn2Lo;
+  tail = r + r * r * N::exp_tail(r);
+}
+
+// exp(d) for d <= 0; exactly 0 below kUnderflow (so an entry of -inf contributes nothing at all), NaN for NaN.
+template <class T>
+EP_INLINE T exp_nonpositive(T d) {
+  T scale, tail;
+  exp_parts(d, scale, tail);
+  const T e = scale * tail + scale;
+  return d < Numeric<T>::kUnderflow ? T(0) : e;
+}
+
+// tanh(v) and its derivative from expm1(-2|v|): no cancellation near 0, and a derivative that is not 1 - tanh^2.
+template <class T>
+EP_INLINE void tanh_and_slope(T v, T& tanh_v, T& slope) {
+  const T a = T(-2) * std::fabs(v);
+  T scale, tail;
+  exp_parts(a, scale, tail);
+  const bool gone = a < Numeric<T>::kUnderflow;
+  const T em1 = gone ? T(-1) : scale * tail + (scale - T(1));
+  const T denominator = T(2) + em1;
+  const T magnitude = -em1 / denominator;
+  tanh_v = v < T(0) ? -magnitude : magnitude;
+  slope = T(4) * (em1 + T(1)) / (denominator * denominator);
+}
+
+// Row state in registers: double, because a row sums up to 10^6 terms and this is once per block, not per element.
+struct RowState {
+  double m, s, t, label_d, label_z, q, c, live;
+
+  // Make `new_m` the reference maximum. After this every sum is relative to it. `m` = -inf means nothing is summed yet.
+  EP_INLINE void rescale(double new_m) {
+    if (!(new_m > m)) return;
+    if (m != -std::numeric_limits<double>::infinity()) {
+      const double delta = m - new_m;
+      const double shrink = std::exp(delta);
+      t = shrink == 0.0 ? 0.0 : (t + s * delta) * shrink;
+      s *= shrink;
+      q *= shrink * shrink;
+      c += live * delta;
+      label_d += delta;
+    }
+    m = new_m;
+  }
+};
+
+// d loss / d z of a row: -p_j * (from_logp + from_entropy * ((z_j - m) - mean_d)), plus from_logp at the label, where
+//   d logp / d z_j = 1[j = label] - p_j        d entropy / d z_j = -p_j (log p_j + entropy) = -p_j ((z_j - m) - t / s)
+// because log p_j + entropy = (z_j - m) - log s + log s - t / s. No log is needed, and no common offset enters.
+struct RowGradient {
+  double m, inv_s, mean_d, log_s, from_logp, from_entropy;
+
+  EP_INLINE RowGradient(double m_, double s, double t, double g_logp, double g_entropy)
+      : m(m_), inv_s(1.0 / s), mean_d(t / s), log_s(std::log(s)), from_logp(g_logp), from_entropy(g_entropy) {}
+
+  // At the label, 1 - p is formed as -expm1(log p), which keeps its digits when p rounds to 1.
+  EP_INLINE double at_label(double d) const {
+    if (d == -std::numeric_limits<double>::infinity()) return 0.0;
+    const double log_p = d - log_s;
+    return -from_logp * std::expm1(log_p) - from_entropy * std::exp(log_p) * (d - mean_d);
+  }
+};
+
+}  // namespace ENTROPY_PO_ISA
+}  // namespace entropy_po

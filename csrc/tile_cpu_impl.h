@@ -1,0 +1,281 @@
+// fold and grad over the rows of a tile. Included once per instruction set by tile_cpu_*.cpp, after the target is set.
+//
+// One thread takes whole rows. A row is walked in blocks that stay in L1: load and transform into a local buffer, then
+// one or two vectorised passes over the buffer. DRAM sees one read per fold, one read and one write per grad.
+#include "tile.h"
+#include "tile_cpu.h"
+
+namespace entropy_po {
+namespace ENTROPY_PO_ISA {
+
+constexpr int64_t kBlock = 1024;             // 4 KiB of fp32, 8 KiB with the slope buffer beside it
+constexpr int64_t kElementsPerThread = 1 << 14;  // below this a second thread costs more than it brings
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+EP_INLINE float as_float(uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+EP_INLINE uint32_t as_bits(float f) { uint32_t b; std::memcpy(&b, &f, 4); return b; }
+
+template <class T> EP_INLINE T to(float v) { return v; }
+template <class T> EP_INLINE T to(double v) { return static_cast<T>(v); }
+template <class T> EP_INLINE T to(BFloat16 v) { return as_float(static_cast<uint32_t>(v.bits) << 16); }
+template <class T> EP_INLINE T to(Float16 v) {
+  // Shift the 15 value bits into place and let one multiply by 2^112 fix the exponent, subnormals included.
+  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fff) << 13;
+  const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;  // inf and NaN keep an all-ones exponent
+  const uint32_t scaled = as_bits(as_float(magnitude) * 5.192296858534828e33f);
+  return as_float((scaled | special) | (static_cast<uint32_t>(v.bits & 0x8000) << 16));
+}
+
+template <class Out> struct Rounded;
+template <> struct Rounded<float> { static EP_INLINE float from(float v) { return v; } };
+template <> struct Rounded<double> { static EP_INLINE double from(double v) { return v; } };
+template <> struct Rounded<BFloat16> {
+  static EP_INLINE BFloat16 from(float v) {  // round to nearest even; the quiet bit keeps a NaN from becoming inf
+    const uint32_t b = as_bits(v);
+    const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    const uint32_t nan = (b >> 16) | 0x40u;
+    return {static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+  }
+};
+template <> struct Rounded<Float16> {
+  static EP_INLINE Float16 from(float v) {  // round to nearest even
+    const uint32_t b = as_bits(v);
+    const uint32_t magnitude = b & 0x7fffffffu;
+    // Normal halves: rebias the exponent by -112 and round away 13 bits. Overflow runs into the exponent: inf.
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Subnormal halves: adding 0.5 aligns the mantissa so that the FPU rounds at 2^-24.
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
+    uint32_t h = magnitude < (113u << 23) ? subnormal : normal;
+    h = magnitude >= (143u << 23) ? 0x7c00u : h;
+    h = magnitude > 0x7f800000u ? 0x7e00u : h;
+    return {static_cast<uint16_t>(h | ((b >> 16) & 0x8000u))};
+  }
+};
+
+// The logit transform of one row, z = k * u with k > 0: `apply` makes u, and the passes form z - m as u * k - m, in one
+// rounding where the target has FMA, so that a temperature does not turn a common offset of the logits into an error.
+//   without a softcap: u = x + bias,                             k = logit_scale / temperature
+//   with one:          u = tanh((x + bias) * logit_scale / cap),  k = cap / temperature
+template <class T>
+struct RowTransform {
+  T k;
+  T chain;         // dz/dx without a softcap; with one, dz/dx is the slope that `apply` gives
+  T before_tanh;   // 0: no softcap
+  T slope_scale;
+  const T* bias;   // [n_cols] or null
+  const uint8_t* keep;
+
+  RowTransform(const TileArgs& a, int64_t row) {
+    const T* row_temperature = static_cast<const T*>(a.row_temperature);
+    const double temperature = row_temperature ? double(row_temperature[row]) : a.temperature;
+    const bool capped = a.softcap != 0.0;
+    k = T((capped ? a.softcap : a.logit_scale) / temperature);
+    before_tanh = capped ? T(a.logit_scale / a.softcap) : T(0);
+    slope_scale = T(a.logit_scale / temperature);
+    chain = capped ? T(1) : k;
+    bias = static_cast<const T*>(a.bias);
+    keep = a.keep ? a.keep + row * a.keep_stride : nullptr;
+  }
+
+  // u[0, n) from x[0, n), columns col.. of the tile; with kSlope also dz/dx. A logit of -inf stays -inf under a softcap:
+  // it means "not in the vocabulary", not "minus the cap".
+  template <bool kSlope, class Src>
+  EP_INLINE void apply(const Src* x, int64_t col, int64_t n, T* u, T* slope) const {
+    constexpr T kMinusInf = -std::numeric_limits<T>::infinity();
+    if (bias) {
+      const T* b = bias + col;
+      for (int64_t j = 0; j < n; ++j) u[j] = to<T>(x[j]) + b[j];
+    } else {
+      for (int64_t j = 0; j < n; ++j) u[j] = to<T>(x[j]);
+    }
+    if (before_tanh != T(0)) {
+      const T in_scale = before_tanh, out_scale = slope_scale;
+      for (int64_t j = 0; j < n; ++j) {
+        T y, dy;
+        tanh_and_slope(u[j] * in_scale, y, dy);
+        u[j] = u[j] == kMinusInf ? kMinusInf : y;
+        if (kSlope) slope[j] = dy * out_scale;
+      }
+    }
+    if (keep) {
+      const uint8_t* keep_block = keep + col;
+      for (int64_t j = 0; j < n; ++j) u[j] = keep_block[j] ? u[j] : kMinusInf;
+    }
+  }
+};
+
+template <class T>
+EP_INLINE T block_max(const T* u, int64_t n) {
+  T m = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : m)
+  for (int64_t j = 0; j < n; ++j) m = u[j] > m ? u[j] : m;
+  return m;
+}
+
+template <int kLevel, class T>
+EP_INLINE void fold_block(const T* u, int64_t n, T k, RowState& row) {
+  row.rescale(block_max(u, n) * k);
+  // Nothing but -inf so far: any finite reference gives exact zeros, and still lets a NaN through.
+  const T m = row.m == -std::numeric_limits<double>::infinity() ? T(0) : T(row.m);
+  T s = 0, t = 0, q = 0, c = 0, live = 0;
+#pragma omp simd reduction(+ : s, t, q, c, live)
+  for (int64_t j = 0; j < n; ++j) {
+    const T raw = u[j] * k - m;
+    const T d = raw < Numeric<T>::kUnderflow ? Numeric<T>::kUnderflow - T(1) : raw;  // finite, so that 0 * d is 0
+    const T e = exp_nonpositive(d);
+    s += e;
+    if (kLevel >= kEntropy) t += e * d;
+    if (kLevel >= kExtras) {
+      const bool alive = raw != -std::numeric_limits<T>::infinity();
+      q += e * e;
+      c += alive ? raw : T(0);
+      live += alive ? T(1) : T(0);
+    }
+  }
+  row.s += s;
+  row.t += t;
+  row.q += q;
+  row.c += c;
+  row.live += live;
+}
+
+template <class Src, class T, int kLevel>
+void fold_rows(const TileArgs& a) {
+  T* state = static_cast<T*>(a.state);
+  const int64_t stride = a.state_stride;
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int64_t i = 0; i < a.n_rows; ++i) {
+    if (a.labels[i] == a.ignore_index) continue;
+    const Src* x = static_cast<const Src*>(a.tile) + i * a.tile_stride;
+    const RowTransform<T> transform(a, i);
+    const int64_t label = a.labels[i] - a.vocab_start;
+    T* st = state + i;
+    RowState row{st[0], st[stride], st[2 * stride], st[3 * stride], st[4 * stride], 0, 0, 0};
+    if (kLevel >= kExtras) {
+      row.q = st[5 * stride];
+      row.c = st[6 * stride];
+      row.live = st[7 * stride];
+    }
+    alignas(64) T u[kBlock];
+    for (int64_t col = 0; col < a.n_cols; col += kBlock) {
+      const int64_t n = a.n_cols - col < kBlock ? a.n_cols - col : kBlock;
+      transform.template apply<false>(x + col, col, n, u, static_cast<T*>(nullptr));
+      fold_block<kLevel>(u, n, transform.k, row);
+      if (label >= col && label < col + n) {
+        const double label_u = u[label - col];
+        row.label_z = T(u[label - col] * transform.k);  // rounded as the maximum is, so that the two compare exactly
+        row.label_d = label_u * transform.k - (std::isinf(row.m) ? 0.0 : row.m);
+      }
+    }
+    st[0] = T(row.m);
+    st[stride] = T(row.s);
+    st[2 * stride] = T(row.t);
+    st[3 * stride] = T(row.label_d);
+    st[4 * stride] = T(row.label_z);
+    if (kLevel >= kExtras) {
+      st[5 * stride] = T(row.q);
+      st[6 * stride] = T(row.c);
+      st[7 * stride] = T(row.live);
+    }
+  }
+}
+
+template <class Src, class Out, class T, bool kEntropyGradient>
+void grad_rows(const TileArgs& a) {
+  const T* state = static_cast<const T*>(a.state);
+  const T* g_logp = static_cast<const T*>(a.g_logp);
+  const T* g_entropy = static_cast<const T*>(a.g_entropy);
+  const int64_t stride = a.state_stride;
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int64_t i = 0; i < a.n_rows; ++i) {
+    const Src* x = static_cast<const Src*>(a.tile) + i * a.tile_stride;
+    Out* out = static_cast<Out*>(a.out) + i * a.out_stride;
+    const T gl = g_logp ? g_logp[i] : T(0);
+    const T ge = kEntropyGradient ? g_entropy[i] : T(0);
+    const double m = state[i], s = state[i + stride];
+    // An ignored row, a row nobody differentiates (0 * NaN must stay 0) and a row without a live entry have no gradient.
+    if (a.labels[i] == a.ignore_index || (gl == T(0) && ge == T(0)) || s == 0.0) {
+      std::memset(static_cast<void*>(out), 0, sizeof(Out) * a.n_cols);
+      continue;
+    }
+    const RowTransform<T> transform(a, i);
+    const RowGradient gradient(m, s, state[i + 2 * stride], gl, ge);
+    const bool capped = transform.before_tanh != T(0);
+    const T k = transform.k, chain = transform.chain;
+    const T row_m = T(m), mean_d = T(gradient.mean_d);
+    const T logp_scale = -gl * T(gradient.inv_s) * chain, entropy_scale = -ge * T(gradient.inv_s) * chain;
+    const int64_t label = a.labels[i] - a.vocab_start;
+    alignas(64) T u[kBlock];  // becomes the gradient in place
+    alignas(64) T slope[kBlock];
+    for (int64_t col = 0; col < a.n_cols; col += kBlock) {
+      const int64_t n = a.n_cols - col < kBlock ? a.n_cols - col : kBlock;
+      if (capped) {
+        transform.template apply<true>(x + col, col, n, u, slope);
+      } else {
+        transform.template apply<false>(x + col, col, n, u, slope);
+      }
+      const bool has_label = label >= col && label < col + n;
+      const double label_d = has_label ? double(u[label - col]) * k - m : 0.0;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) {
+        const T raw = u[j] * k - row_m;
+        const T d = raw < Numeric<T>::kUnderflow ? Numeric<T>::kUnderflow - T(1) : raw;
+        const T e = exp_nonpositive(d);
+        u[j] = e * (kEntropyGradient ? logp_scale + entropy_scale * (d - mean_d) : logp_scale);
+      }
+      if (has_label) u[label - col] = T(gradient.at_label(label_d)) * chain;
+      if (capped) {
+        for (int64_t j = 0; j < n; ++j) u[j] *= slope[j];
+      }
+      for (int64_t j = 0; j < n; ++j) out[col + j] = Rounded<Out>::from(u[j]);
+    }
+  }
+}
+
+template <class Src, class T>
+void fold_dtype(const TileArgs& a) {
+  switch (a.level) {
+    case kLogps: return fold_rows<Src, T, kLogps>(a);
+    case kEntropy: return fold_rows<Src, T, kEntropy>(a);
+    default: return fold_rows<Src, T, kExtras>(a);
+  }
+}
+
+template <class Src, class Out, class T>
+void grad_dtype(const TileArgs& a) {
+  if (a.g_entropy) return grad_rows<Src, Out, T, true>(a);
+  return grad_rows<Src, Out, T, false>(a);
+}
+
+inline TileArgs with_useful_threads(const TileArgs& a) {
+  TileArgs b = a;
+  const int64_t useful = a.n_rows * a.n_cols / kElementsPerThread + 1;
+  if (useful < b.threads) b.threads = static_cast<int>(useful);
+  return b;
+}
+
+void fold(const TileArgs& args) {
+  const TileArgs a = with_useful_threads(args);
+  switch (a.dtype) {
+    case DType::kFloat32: return fold_dtype<float, float>(a);
+    case DType::kBFloat16: return fold_dtype<BFloat16, float>(a);
+    case DType::kFloat16: return fold_dtype<Float16, float>(a);
+    case DType::kFloat64: return fold_dtype<double, double>(a);
+  }
+}
+
+void grad(const TileArgs& args) {
+  const TileArgs a = with_useful_threads(args);
+  if (a.dtype == DType::kFloat32 && a.out_dtype == DType::kBFloat16) return grad_dtype<float, BFloat16, float>(a);
+  switch (a.dtype) {
+    case DType::kFloat32: return grad_dtype<float, float, float>(a);
+    case DType::kBFloat16: return grad_dtype<BFloat16, BFloat16, float>(a);
+    case DType::kFloat16: return grad_dtype<Float16, Float16, float>(a);
+    case DType::kFloat64: return grad_dtype<double, double, double>(a);
+  }
+}
+
+}  // namespace ENTROPY_PO_ISA
+}  // namespace entropy_po

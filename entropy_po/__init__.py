@@ -1,0 +1,11 @@
+"""Fused log-probability, entropy and H-DPO / QEMPO losses that never hold the [tokens, vocab] logits.
+
+Importing this needs torch alone; Triton, the compiled core, transformers and the rest load where they are first used.
+"""
+
+from entropy_po.ops.linear_token_stats import linear_token_stats as linear_token_stats
+from entropy_po.ops.token_stats import token_stats as token_stats
+from entropy_po.tiles import available_backends as available_backends
+from entropy_po.types import TokenStats as TokenStats
+
+__version__ = "0.1.0"

@@ -1,0 +1,460 @@
+"""The (a, b) family of entropy-controlled preference objectives: H-DPO, DPO, SPL, QEMPO and QEMPO-KL.
+
+Every method is one pair of numbers. With reward r, policy pi, reference ref, entropy H and cross-entropy CE (nats):
+
+    maximise   E_pi[r] + a * H(pi) - b * CE(pi, ref),      a = policy_coef > 0,  b = ref_coef >= 0     (objective)
+    optimum    pi*(y) = ref(y)^(b/a) * exp(r(y)/a) / Z                                                 (policy)
+    reward     r(y)   = a * log pi*(y) - b * log ref(y) + const                                        (implicit reward)
+    margin     z      = a * [log pi(w) - log pi(l)] - b * [log ref(w) - log ref(l)]                    (offline pair)
+
+Log-probabilities are sums over a response's tokens, never length-normalised. Nothing here has a vocabulary axis.
+Sources: arXiv 2411.07595 (H-DPO), arXiv 2602.15894 (QEMPO, QEMPO-KL).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = ("sigmoid", "robust", "ipo", "hinge")
+
+
+@dataclass(frozen=True)
+class EntropyObjective:
+    """One member of the family: the weights on log pi and on log ref.
+
+    | constructor             | a: policy_coef | b: ref_coef |
+    |-------------------------|----------------|-------------|
+    | `dpo(beta)`             | beta           | beta        |
+    | `hdpo(beta, alpha)`     | alpha * beta   | beta        |
+    | `spl(alpha_s, beta_s)`  | alpha_s        | beta_s      |
+    | `qempo(lam)`            | 1 / lam        | 0           |
+    | `qempo_kl(lam, mu)`     | (1 + mu) / lam | mu / lam    |
+
+    Args:
+        policy_coef: a > 0, finite; reward units per nat of log pi.
+        ref_coef: b >= 0, finite; reward units per nat of log ref. 0 means that no reference is read.
+    Raises:
+        ValueError: a coefficient out of its range; the message names the argument of the constructor that was called.
+    Example:
+        >>> EntropyObjective.hdpo(beta=0.5, alpha=2.0)
+        EntropyObjective(policy_coef=1.0, ref_coef=0.5)
+        >>> EntropyObjective.hdpo(beta=0.5, alpha=2.0) == EntropyObjective.qempo_kl(lam=2.0, mu=1.0)
+        True
+
+    Source: arXiv 2411.07595 (H-DPO), arXiv 2602.15894 (QEMPO).
+    """
+
+    policy_coef: float
+    ref_coef: float
+
+    def __post_init__(self) -> None:
+        a = _positive("policy_coef", self.policy_coef, "it weighs log pi: alpha * beta in H-DPO, 1 / lam in QEMPO")
+        b = _non_negative("ref_coef", self.ref_coef, "it weighs log ref: beta in DPO, 0 for no reference")
+        object.__setattr__(self, "policy_coef", a)
+        object.__setattr__(self, "ref_coef", b)
+
+    @classmethod
+    def dpo(cls, beta: float) -> "EntropyObjective":
+        """DPO: a = b = beta > 0."""
+        return cls.hdpo(beta, 1.0)
+
+    @classmethod
+    def hdpo(cls, beta: float, alpha: float) -> "EntropyObjective":
+        """H-DPO: a = alpha * beta, b = beta, both > 0. alpha < 1 sharpens the policy, alpha > 1 flattens it."""
+        beta = _positive("beta", beta, "DPO often uses 0.01 to 0.5; for no reference use EntropyObjective.qempo")
+        alpha = _positive("alpha", alpha, "1 is DPO, below 1 sharpens, above 1 flattens")
+        return cls(alpha * beta, beta)
+
+    @classmethod
+    def spl(cls, alpha_s: float, beta_s: float) -> "EntropyObjective":
+        """Soft preference learning: a = alpha_s > 0 on the entropy, b = beta_s >= 0 on the cross-entropy."""
+        alpha_s = _positive("alpha_s", alpha_s, "it weighs the entropy")
+        return cls(alpha_s, _non_negative("beta_s", beta_s, "it weighs the cross-entropy to the reference"))
+
+    @classmethod
+    def qempo(cls, lam: float) -> "EntropyObjective":
+        """QEMPO: a = 1 / lam, b = 0, where lam > 0 is the multiplier of the reward constraint."""
+        return cls(1.0 / _positive("lam", lam, "it multiplies the reward constraint"), 0.0)
+
+    @classmethod
+    def qempo_kl(cls, lam: float, mu: float) -> "EntropyObjective":
+        """QEMPO-KL: a = (1 + mu) / lam, b = mu / lam; lam > 0 multiplies the reward constraint, mu >= 0 the KL one."""
+        lam = _positive("lam", lam, "it multiplies the reward constraint")
+        mu = _non_negative("mu", mu, "it multiplies the KL constraint; 0 is QEMPO")
+        return cls((1.0 + mu) / lam, mu / lam)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether reference log-probs are read at all (b > 0)."""
+        return self.ref_coef > 0
+
+    def margin(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
+    ) -> Tensor:
+        """The pair margin, the one number through which every pair loss sees the model.
+
+            z = a * (chosen_logps - rejected_logps) - b * (ref_chosen_logps - ref_rejected_logps)
+
+        Args:
+            chosen_logps, rejected_logps: [B], any float dtype; summed log-probs under the policy, nats.
+            ref_chosen_logps, ref_rejected_logps: [B]; the same under the reference. Ignored when b = 0.
+        Returns:
+            [B], fp32 or fp64 (low precision is raised to fp32 first). Differentiable in every argument.
+        Raises:
+            ValueError: shapes differ, or a reference is missing while b > 0; the message names the argument.
+        Example:
+            >>> w, l, ref_w, ref_l = torch.tensor([[-10.0], [-12.0], [-11.0], [-11.5]])
+            >>> EntropyObjective.qempo_kl(lam=2.0, mu=1.0).margin(w, l, ref_w, ref_l)
+            tensor([1.7500])
+
+        Source: arXiv 2411.07595, the H-DPO loss; theory in the module docstring.
+        """
+        _check_shape("rejected_logps", rejected_logps, chosen_logps, "chosen_logps")
+        z = self.policy_coef * (_at_least_fp32(chosen_logps) - _at_least_fp32(rejected_logps))
+        if not self.needs_reference:
+            return z
+        ref_w = self._reference("ref_chosen_logps", ref_chosen_logps, chosen_logps, "chosen_logps")
+        ref_l = self._reference("ref_rejected_logps", ref_rejected_logps, chosen_logps, "chosen_logps")
+        return z - self.ref_coef * (ref_w - ref_l)
+
+    def pair_loss(self, margin: Tensor, loss: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+        """Loss of each pair, a function of its margin z alone; not reduced over pairs.
+
+            sigmoid   -(1 - e) log sigmoid(z) - e log sigmoid(-z)                (DPO; e > 0: conservative DPO)
+            robust    [-(1 - e) log sigmoid(z) + e log sigmoid(-z)] / (1 - 2e)   (robust DPO: labels flip with prob. e)
+            ipo       (z / a - 1 / (2a))^2                                       (IPO)
+            hinge     max(0, 1 - z)                                              (SLiC)
+
+        with e = `label_smoothing`. IPO regresses the log-ratio gap z / a (for a = b = beta: gap of log pi / ref) on
+        1 / (2 beta), and a takes beta's place throughout, so that the target of z is 1/2 for every (a, b); at
+        a = b = beta this is TRL's `loss_type="ipo"` on the same log-probs (sums here, token means in some versions).
+
+        Args:
+            margin: [B], from `margin`; reward units.
+            loss: one of "sigmoid", "robust", "ipo", "hinge".
+            label_smoothing: e in [0, 0.5] for sigmoid, [0, 0.5) for robust, 0 for the others.
+        Returns:
+            [B], fp32 or fp64, differentiable. Finite for every finite z whose loss has a finite value.
+        Raises:
+            ValueError: an unknown `loss`, or a `label_smoothing` that the loss cannot take.
+        Example:
+            >>> EntropyObjective.dpo(beta=0.1).pair_loss(torch.zeros(2))
+            tensor([0.6931, 0.6931])
+
+        Source: arXiv 2411.07595; robust: arXiv 2403.00409; ipo: arXiv 2310.12036; hinge: arXiv 2305.10425.
+        """
+        return self.pair_loss_and_slope(margin, loss, label_smoothing)[0]
+
+    def pair_loss_and_slope(
+        self, margin: Tensor, loss: str = "sigmoid", label_smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """`pair_loss` with its derivative dloss/dz in closed form, for operators that run without autograd.
+
+        By the chain rule dloss/dchosen_logps = a * slope = -dloss/drejected_logps: one scalar per pair.
+
+        Args:
+            margin, loss, label_smoothing: as for `pair_loss`.
+        Returns:
+            (loss [B], slope [B]), both fp32 or fp64. The hinge has slope 0 at its corner z = 1, as torch.relu has.
+        Raises:
+            ValueError: as for `pair_loss`.
+        Example:
+            >>> EntropyObjective.dpo(beta=0.1).pair_loss_and_slope(torch.zeros(1))
+            (tensor([0.6931]), tensor([-0.5000]))
+        """
+        eps = _check_smoothing(loss, label_smoothing)
+        z = _at_least_fp32(margin)
+        if loss == "sigmoid":
+            value = -(1 - eps) * F.logsigmoid(z) - eps * F.logsigmoid(-z)
+            return value, eps * torch.sigmoid(z) - (1 - eps) * torch.sigmoid(-z)
+        if loss == "robust":
+            value = eps * F.logsigmoid(-z) - (1 - eps) * F.logsigmoid(z)
+            slope = -eps * torch.sigmoid(z) - (1 - eps) * torch.sigmoid(-z)
+            return value / (1 - 2 * eps), slope / (1 - 2 * eps)
+        if loss == "ipo":
+            gap = (z - 0.5) / self.policy_coef
+            return gap.square(), 2 * gap / self.policy_coef
+        return torch.relu(1 - z), -(z < 1).to(z.dtype)
+
+    def implicit_reward(self, logps: Tensor, ref_logps: Tensor | None = None) -> Tensor:
+        """The reward for which the policy is optimal, up to a constant per prompt: a * logps - b * ref_logps.
+
+        Args:
+            logps: any shape, any float dtype; summed log-probs of responses under the policy, nats.
+            ref_logps: the same shape, under the reference. Ignored when b = 0.
+        Returns:
+            The shape of `logps`, fp32 or fp64, differentiable. Differences of it over a pair are the margin.
+        Raises:
+            ValueError: `ref_logps` is missing while b > 0, or its shape differs.
+        Example:
+            >>> EntropyObjective.qempo(lam=10.0).implicit_reward(torch.tensor([-20.0]))
+            tensor([-2.])
+        """
+        reward = self.policy_coef * _at_least_fp32(logps)
+        if not self.needs_reference:
+            return reward
+        return reward - self.ref_coef * self._reference("ref_logps", ref_logps, logps, "logps")
+
+    def shaped_reward(self, rewards: Tensor, logps: Tensor, ref_logps: Tensor | None = None) -> Tensor:
+        """The reward to hand to a policy gradient, a constant: r - a * logps + b * ref_logps.
+
+        E_pi[shaped * grad log pi] is then the exact gradient of E_pi[r] + a H(pi) - b CE(pi, ref).
+
+        Args:
+            rewards: any shape; the task's reward of each sampled response.
+            logps, ref_logps: the same shape; summed log-probs under the policy and the reference (ignored when b = 0).
+        Returns:
+            The shape of `rewards`, fp32 or fp64, detached from every graph.
+        Raises:
+            ValueError: `ref_logps` is missing while b > 0, or a shape differs.
+        Example:
+            >>> EntropyObjective.qempo(lam=100.0).shaped_reward(torch.tensor([1.0]), torch.tensor([-210.0]))
+            tensor([3.1000])
+        """
+        _check_shape("logps", logps, rewards, "rewards")
+        return (_at_least_fp32(rewards) - self.implicit_reward(logps, ref_logps)).detach()
+
+    def optimal_policy(self, rewards: Tensor, ref_logps: Tensor | None = None) -> Tensor:
+        """Log-probs of the closed-form optimum on a finite outcome space: ref^(b/a) * exp(r/a) / Z.
+
+        Args:
+            rewards: [..., Y], finite; the reward of each of Y outcomes.
+            ref_logps: [..., Y] or [Y]; log ref. Ignored when b = 0; where it is -inf and b > 0 the optimum is -inf too.
+        Returns:
+            [..., Y], fp32 or fp64; log-probs normalised over the last dimension.
+        Raises:
+            ValueError: `ref_logps` is missing while b > 0, its shape differs, or a row of it is -inf throughout.
+        Example:
+            >>> EntropyObjective.qempo(lam=1.0).optimal_policy(torch.tensor([0.0, 0.0])).exp()
+            tensor([0.5000, 0.5000])
+        """
+        scores = _at_least_fp32(rewards)
+        if self.needs_reference:
+            if ref_logps is not None and ref_logps.shape == rewards.shape[-1:]:
+                ref_logps = ref_logps.expand_as(rewards)
+            ref = self._reference("ref_logps", ref_logps, rewards, "rewards")
+            if bool(torch.isneginf(ref).all(-1).any()):
+                raise ValueError("ref_logps must support some outcome, got a row of -inf; drop that row")
+            scores = scores + self.ref_coef * ref
+        return torch.log_softmax(scores / self.policy_coef, dim=-1)
+
+    def _reference(self, name: str, ref_logps: Tensor | None, like: Tensor, like_name: str) -> Tensor:
+        if ref_logps is None:
+            raise ValueError(
+                f"{name} must be given when ref_coef > 0, got None with ref_coef={self.ref_coef:g}; "
+                f"pass the reference's log-probs or use an objective with ref_coef=0 such as EntropyObjective.qempo"
+            )
+        _check_shape(name, ref_logps, like, like_name)
+        return _at_least_fp32(ref_logps)
+
+
+@dataclass(frozen=True, eq=False)
+class DualSolution:
+    """What `solve_dual` found: the multipliers, the policy and where it lies. Entropy and KL in nats.
+
+    Attributes:
+        objective: the (a, b) whose optimum the policy is, or None when lam = 0 (a = (1 + mu) / lam is infinite then).
+        lam, mu: multipliers >= 0 of the reward and the KL constraint; 0 when the constraint does not bind.
+        policy_logps: [Y], fp64 on the CPU; -inf outside the support of the reference when `max_kl` was given.
+        entropy, reward: H(pi) and E_pi[r].
+        kl: KL(pi || ref); None without a reference, inf where pi leaves the reference's support.
+    """
+
+    objective: EntropyObjective | None
+    lam: float
+    mu: float
+    policy_logps: Tensor
+    entropy: float
+    reward: float
+    kl: float | None
+
+
+def solve_dual(
+    rewards: Tensor, ref_logps: Tensor | None, min_reward: float, max_kl: float | None = None
+) -> DualSolution:
+    """The most diverse policy that meets a reward target and, optionally, a KL budget, on a finite outcome space.
+
+        QEMPO      max H(pi)   s.t. E_pi[r] >= R                          (max_kl = None)
+        QEMPO-KL   max H(pi)   s.t. E_pi[r] >= R  and  KL(pi||ref) <= K
+
+    by the dual, min over lam, mu >= 0 of
+
+        (1 + mu) * log sum_y exp((lam * r + mu * log ref) / (1 + mu)) - lam * R + mu * K.
+
+    With u = 1 / (1 + mu) and c = lam * u its policy is ref^(1-u) * exp(c * r) / Z. E[r] rises with c; and at the c(u)
+    that meets R, KL never falls as u rises (the dual, minimised over lam, is convex in mu). So two nested bracketed
+    root searches find both multipliers, with nothing to tune and no start that fails.
+
+    Args:
+        rewards: [Y], finite.
+        ref_logps: [Y], log-probs that sum to one (checked to 1e-4, then normalised in fp64); -inf means no support.
+            May be None when `max_kl` is None; given there, it only serves to report the KL.
+        min_reward: R.
+        max_kl: K >= 0 in nats, or None for no KL constraint. When given, the policy keeps to the reference's support.
+    Returns:
+        DualSolution. When both constraints are slack at the uniform policy (on the support), it is that policy.
+    Raises:
+        ValueError: an argument out of its range; R above the largest reward; K below the least KL that reaches R; or
+            R, K that leave a single feasible point (R the largest reward, K exactly RLHF's KL at R), where the
+            multipliers diverge. The message says which argument to move, and past what.
+    Numerics:
+        fp64 on the CPU; constraints are met to rounding. Against scipy in tests/test_objective.py.
+    Example:
+        >>> found = solve_dual(torch.tensor([0.0, 1.0]), None, min_reward=0.75)
+        >>> round(found.lam, 6), round(found.entropy, 6)            # log 3, and the entropy of (1/4, 3/4)
+        (1.098612, 0.562335)
+
+    Source: arXiv 2602.15894.
+    """
+    r, log_ref = _checked_outcomes(rewards, ref_logps)
+    min_reward = _real("min_reward", min_reward, "pass the expected reward to reach")
+    if max_kl is not None:
+        max_kl = _non_negative("max_kl", max_kl, "pass the KL budget in nats, or None for no budget")
+        if log_ref is None:
+            raise ValueError("ref_logps must be given with max_kl, got None; pass log ref [Y] or max_kl=None")
+    keep = torch.ones_like(r, dtype=torch.bool) if max_kl is None else ~torch.isneginf(log_ref)
+    best, spread = float(r[keep].max()), float(r[keep].max() - r[keep].min()) or 1.0
+    d = (r[keep] - best) / spread  # [n] in [-1, 0]; relative to the best, so that R close below it costs no digits
+    target = (min_reward - best) / spread
+    where = f"the largest reward {best:g}" + ("" if bool(keep.all()) else " that ref_logps supports")
+    if target > 0:
+        raise ValueError(f"min_reward must be at most {where}, got {min_reward:g}; lower min_reward")
+    if target == 0 and bool((d < 0).any()):
+        raise ValueError(
+            f"min_reward must be below {where}, got {min_reward:g}, which only the best outcomes reach, so that lam "
+            f"diverges; lower min_reward"
+        )
+
+    def solution(u: float, c: float, logp: Tensor) -> DualSolution:
+        lam, mu = c / spread / u, (1 - u) / u
+        policy = torch.full_like(r, -math.inf)
+        policy[keep] = logp
+        return DualSolution(
+            objective=EntropyObjective.qempo_kl(lam, mu) if lam > 0 else None,
+            lam=lam,
+            mu=mu,
+            policy_logps=policy,
+            entropy=-float(logp.exp() @ logp),
+            reward=best + spread * float(logp.exp() @ d),
+            kl=None if log_ref is None else _kl(logp, log_ref[keep]),
+        )
+
+    free = solution(1.0, *_tilt(torch.zeros_like(d), d, target))
+    slack = 1e-9 * (max_kl or 0.0) + 1e-13  # of K: what rounding of a KL can hide
+    if max_kl is None or free.kl <= max_kl + slack:
+        return free
+    base = log_ref[keep]
+    least_kl = _kl(_tilt(base, d, target)[1], base)
+    if max_kl < least_kl - slack:
+        raise ValueError(
+            f"max_kl must be above {least_kl:.6g}, the least KL at which the expected reward reaches "
+            f"min_reward={min_reward:g}, got {max_kl:g}; raise max_kl or lower min_reward"
+        )
+    if max_kl <= least_kl + slack:
+        raise ValueError(
+            f"max_kl must be above {least_kl:.6g}, got that very value, which leaves RLHF as the only feasible "
+            f"policy, so that the multipliers diverge; raise max_kl (say by 5 %) or lower min_reward={min_reward:g}"
+        )
+    u = _increasing_root(lambda u: _kl(_tilt((1 - u) * base, d, target)[1], base) - max_kl, 0.0, 1.0)
+    return solution(u, *_tilt((1 - u) * base, d, target))
+
+
+def _tilt(base: Tensor, d: Tensor, target: float) -> tuple[float, Tensor]:
+    """(c, log-probs of softmax(base + c * d)) at the least c >= 0 with E[d] >= target; d <= 0, target < 0 or d = 0."""
+
+    def excess(c: float) -> float:
+        return float(torch.softmax(base + c * d, dim=0) @ d) - target
+
+    c = 0.0
+    if excess(0.0) < -1e-15:  # below the rounding of E[d], R already holds at c = 0
+        high = 1.0
+        while excess(high) < 0:
+            high *= 2
+        c = _increasing_root(excess, 0.0, high)
+    return c, torch.log_softmax(base + c * d, dim=0)
+
+
+def _increasing_root(f: Callable[[float], float], low: float, high: float) -> float:
+    """Root of an increasing f with f(low) < 0 <= f(high), to a few units in the last place; ends where f >= 0."""
+    f_low, f_high, last = f(low), f(high), 0
+    for step in range(240):  # every third step halves the bracket, so this covers all 53 bits and small roots
+        if f_high == 0 or high - low <= 4 * 2.0**-52 * high:
+            break
+        x = high - f_high * (high - low) / (f_high - f_low)
+        if step % 3 == 2 or not low < x < high:
+            x = 0.5 * (low + high)
+        y = f(x)
+        side = 1 if y >= 0 else -1
+        if side > 0:
+            high, f_high, f_low = x, y, f_low * (0.5 if last == side else 1.0)  # Illinois: unstick the other end
+        else:
+            low, f_low, f_high = x, y, f_high * (0.5 if last == side else 1.0)
+        last = side
+    return high
+
+
+def _kl(logp: Tensor, log_ref: Tensor) -> float:
+    p = logp.exp()
+    return float(torch.where(p > 0, p * (logp - log_ref), 0.0).sum())  # p = 0 off the support of ref: 0, not 0 * inf
+
+
+def _checked_outcomes(rewards: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    r = rewards.detach().to("cpu", torch.float64)
+    if r.dim() != 1 or r.numel() == 0 or not bool(r.isfinite().all()):
+        raise ValueError(f"rewards must be a non-empty [Y] of finite numbers, got shape {tuple(r.shape)}; check it")
+    if ref_logps is None:
+        return r, None
+    _check_shape("ref_logps", ref_logps, rewards, "rewards")
+    log_ref = ref_logps.detach().to("cpu", torch.float64)
+    total = float(torch.logsumexp(log_ref, dim=0))
+    if not abs(total) <= 1e-4:  # also catches NaN and a reference that is -inf throughout
+        raise ValueError(f"ref_logps must be log-probs that sum to one, got log sum {total:g}; apply log_softmax first")
+    return r, log_ref - total
+
+
+def _check_smoothing(loss: str, label_smoothing: float) -> float:
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}; pick one of these")
+    eps = _non_negative("label_smoothing", label_smoothing, "it is the share of labels taken as flipped, 0 for none")
+    if loss in ("ipo", "hinge") and eps != 0:
+        raise ValueError(f"label_smoothing must be 0 for loss={loss!r}, got {eps:g}; use loss='sigmoid' or 'robust'")
+    if eps > 0.5 or (loss == "robust" and eps == 0.5):
+        limit = "below 0.5" if loss == "robust" else "at most 0.5"
+        raise ValueError(f"label_smoothing must be {limit} for loss={loss!r}, got {eps:g}; swap mislabelled pairs")
+    return eps
+
+
+def _check_shape(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    # Equal, not broadcastable: [B] with [B, 1] would pair every response with every other.
+    if tensor.shape != like.shape:
+        raise ValueError(
+            f"{name} must have the shape of {like_name} {tuple(like.shape)}, got {tuple(tensor.shape)}; reshape it"
+        )
+
+
+def _real(name: str, value: float, remedy: str, above: float = -math.inf, rule: str = "") -> float:
+    """The value as a float if it is finite and > above."""
+    if not isinstance(value, Real) or not math.isfinite(value) or not value > above:
+        raise ValueError(f"{name} must be a finite number{rule}, got {value!r}; {remedy}")
+    return float(value)
+
+
+def _positive(name: str, value: float, remedy: str) -> float:
+    return _real(name, value, remedy, above=0.0, rule=" > 0")
+
+
+def _non_negative(name: str, value: float, remedy: str) -> float:
+    return _real(name, value, remedy, above=-math.ulp(0.0), rule=" >= 0")
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

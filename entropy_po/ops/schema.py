@@ -1,0 +1,48 @@
+"""What the registered operators share: the library, the flat form of their options, and their fixed-arity results.
+
+A `torch.library` schema has neither dataclasses nor optional results, so a `Transform` crosses it flattened, outputs as
+names, and an output that was not asked for as an empty tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from entropy_po.types import TokenStats, Transform, state_dtype
+
+LIBRARY = torch.library.Library("entropy_po", "DEF")
+
+# Flat spelling of Transform (less the bias, which is differentiable) and of the options that every operator has.
+OPTIONS = (
+    "Tensor? row_temperature, Tensor? keep_mask, float temperature, float logit_scale, float? softcap, "
+    "int ignore_index, str[] outputs, str backend"
+)
+STATS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+FIELDS = TokenStats._fields
+
+
+def flat_options(transform: Transform, ignore_index: int, outputs: tuple[str, ...], backend: str | None) -> tuple:
+    t = transform
+    options = t.row_temperature, t.keep_mask, float(t.temperature), float(t.logit_scale), t.softcap
+    return *options, ignore_index, list(outputs), backend or ""
+
+
+def transform_from_options(options: tuple, bias: Tensor | None = None) -> Transform:
+    row_temperature, keep_mask, temperature, logit_scale, softcap = options[:5]
+    return Transform(logit_scale, softcap, temperature, row_temperature, bias, keep_mask)
+
+
+def empty_stats(n: int | torch.SymInt, outputs: list[str], like: Tensor) -> list[Tensor]:
+    """The six results of a fold, uninitialised: [n] where asked for, [0] where not."""
+    dtype = state_dtype(like.dtype)
+    return [
+        like.new_empty((n if name in outputs else 0,), dtype=torch.bool if name == "is_top1" else dtype) for name in FIELDS
+    ]
+
+
+def token_stats_from_flat(results: tuple[Tensor, ...], outputs: tuple[str, ...], shape: torch.Size) -> TokenStats:
+    """Back to a TokenStats in the labels' shape, None where an output was not asked for."""
+    return TokenStats(
+        *(r.reshape(shape) if name in outputs else None for name, r in zip(FIELDS, results, strict=False))
+    )

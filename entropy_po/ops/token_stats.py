@@ -1,0 +1,196 @@
+"""`token_stats`: per-token statistics from logits that already exist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from entropy_po import tiles
+from entropy_po.ops import checks, schema
+from entropy_po.types import Level, TokenStats, Transform, new_state, state_dtype, stats_from_state
+
+_SCHEMA = f"(Tensor logits, Tensor labels, {schema.OPTIONS}, bool inplace_backward)"
+_BACKWARD = f"(Tensor? grad_logps, Tensor? grad_entropy, Tensor{{}} logits, Tensor labels, Tensor state, {schema.OPTIONS})"
+
+schema.LIBRARY.define(f"token_stats{_SCHEMA} -> ({schema.STATS}, Tensor)")
+schema.LIBRARY.define(f"token_stats_backward{_BACKWARD.format('')} -> Tensor")
+schema.LIBRARY.define(f"token_stats_backward_{_BACKWARD.format('(a!)')} -> ()")
+
+
+def token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    outputs: tuple[str, ...] = ("logps", "entropy"),
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> TokenStats:
+    """Per-token log-probability, entropy and more, from logits, in one read of them.
+
+    With z = softcap * tanh(logits * logit_scale / softcap) / temperature, restricted to `keep_mask`, and p = softmax(z):
+
+        logps = z_label - log sum_j exp(z_j)        entropy = -sum_j p_j log p_j        (nats)
+
+    The forward allocates nothing of the logits' size; the backward writes one gradient, over the logits if asked to.
+
+    Args:
+        logits: [..., V], fp32 / bf16 / fp16 / fp64, last dimension contiguous (copied otherwise).
+        labels: [...], int64. Rows with `ignore_index` give 0 and no gradient, and are not computed.
+        outputs: names of the `TokenStats` fields to compute. One that is not named costs nothing.
+        temperature: positive float, or a tensor with one entry per row. Divides last. Not differentiable.
+        softcap: cap c of c * tanh(x / c), as Gemma has it; None for none.
+        logit_scale: multiplies the logits first (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
+        keep_mask: bool [..., V] or [V]; False entries leave the softmax (top-k, top-p, padded vocabulary).
+        ignore_index: the label of rows to skip.
+        inplace_backward: overwrite `logits` with their gradient in the backward. Saves a tensor of their size; anything
+            that still needs the logits' values, a second backward among them, then raises torch's in-place error.
+        backend: "cpp", "triton" or "torch"; None chooses by device (`available_backends`).
+
+    Returns:
+        TokenStats of the labels' shape, fp32 (fp64 for fp64 logits). `logps` and `entropy` are differentiable once.
+
+    Raises:
+        ValueError: a shape, dtype, device or range that can never work, or a label outside [0, V) (on CUDA: NaN).
+        NotImplementedError: a backend that cannot serve this device.
+
+    Numerics:
+        fp32 arithmetic relative to the row maximum, so a common offset changes nothing; fp64 for fp64 logits.
+
+    Example:
+        >>> logits = torch.randn(4, 100, requires_grad=True)
+        >>> stats = token_stats(logits, torch.tensor([1, 2, 3, -100]))
+        >>> (-stats.logps.sum() - 0.01 * stats.entropy.sum()).backward()
+    """
+    outputs = checks.check_outputs(outputs)
+    checks.check_matrix("logits", logits, "[..., V]")
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; the last dimension is the vocabulary and needs an entry.")
+    checks.check_labels(labels, logits.shape[:-1], logits.device)
+    flat = logits.reshape(-1, logits.shape[-1])
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    transform = checks.make_transform(
+        flat.shape[0],
+        flat.shape[1],
+        logits.device,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        bias=None,
+        keep_mask=keep_mask,
+    )
+    options = schema.flat_options(transform, ignore_index, outputs, backend)
+    results = torch.ops.entropy_po.token_stats(flat, labels.reshape(-1), *options, inplace_backward)
+    return schema.token_stats_from_flat(results, outputs, labels.shape)
+
+
+def _forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
+    *_, ignore_index, outputs, backend, _ = options
+    if logits.device.type == "cpu":
+        checks.check_label_range(labels, logits.shape[1], ignore_index)
+    level = Level.for_outputs(tuple(outputs))
+    state = new_state(logits.shape[0], level, logits)
+    transform = _whole_tile(schema.transform_from_options(options), logits)
+    tiles.fold_(
+        logits,
+        labels.contiguous(),
+        0,
+        state,
+        transform,
+        level=level,
+        ignore_index=ignore_index,
+        backend=tiles.resolve_backend(backend, logits.device),
+    )
+    stats = stats_from_state(state, tuple(outputs))
+    ignored = labels == ignore_index
+    results = schema.empty_stats(0, [], logits)
+    for i, value in enumerate(stats):
+        if value is not None:
+            results[i] = value.masked_fill(ignored, 0)
+    return *results, state.masked_fill_(ignored, 0)
+
+
+def _fake_forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
+    outputs = options[6]
+    rows = new_state(0, Level.for_outputs(tuple(outputs)), logits).shape[0]
+    state = logits.new_empty((rows, logits.shape[0]), dtype=state_dtype(logits.dtype))
+    return *schema.empty_stats(logits.shape[0], outputs, logits), state
+
+
+def _grad_into(out: Tensor, grad_logps, grad_entropy, logits, labels, state, *options) -> None:
+    ignore_index, _, backend = options[5:8]
+    tiles.grad_(
+        logits,
+        labels.contiguous(),
+        0,
+        state,
+        grad_logps,
+        grad_entropy,
+        _whole_tile(schema.transform_from_options(options), logits),
+        ignore_index=ignore_index,
+        out=out,
+        backend=tiles.resolve_backend(backend, logits.device),
+    )
+
+
+def _backward(grad_logps, grad_entropy, logits, *rest) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _grad_into(out, grad_logps, grad_entropy, logits, *rest)
+    return out
+
+
+def _fake_backward(grad_logps, grad_entropy, logits, *rest) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _backward_(grad_logps, grad_entropy, logits, *rest) -> None:
+    _grad_into(logits, grad_logps, grad_entropy, logits, *rest)
+
+
+def _fake_backward_(*args) -> None:
+    return None
+
+
+def _whole_tile(transform: Transform, logits: Tensor) -> Transform:
+    return transform.tile(slice(None), slice(None), state_dtype(logits.dtype))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, labels, row_temperature, keep_mask, *rest, inplace_backward = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, row_temperature, keep_mask, output[-1])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.options, ctx.inplace_backward = rest, inplace_backward
+
+
+def _autograd(ctx, grad_logps, grad_entropy, *_):
+    if not ctx.needs_input_grad[0] or (grad_logps is None and grad_entropy is None):
+        return (None,) * 11
+    logits, labels, row_temperature, keep_mask, state = ctx.saved_tensors
+    # An output that was not asked for has an empty gradient when something upstream materialised it.
+    upstream = [g.contiguous() if g is not None and g.numel() else None for g in (grad_logps, grad_entropy)]
+    options = (row_temperature, keep_mask, *ctx.options)
+    if ctx.inplace_backward:
+        torch.ops.entropy_po.token_stats_backward_(*upstream, logits, labels, state, *options)
+        grad = logits
+    else:
+        grad = torch.ops.entropy_po.token_stats_backward(*upstream, logits, labels, state, *options)
+    return grad, *(None,) * 10
+
+
+for _name, _kernel, _fake in (
+    ("token_stats", _forward, _fake_forward),
+    ("token_stats_backward", _backward, _fake_backward),
+    ("token_stats_backward_", _backward_, _fake_backward_),
+):
+    schema.LIBRARY.impl(_name, _kernel, "CPU")
+    schema.LIBRARY.impl(_name, _kernel, "CUDA")
+    torch.library.register_fake(f"entropy_po::{_name}", _fake, lib=schema.LIBRARY)
+torch.library.register_autograd(
+    "entropy_po::token_stats", _autograd, setup_context=_setup_context, lib=schema.LIBRARY
+)

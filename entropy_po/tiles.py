@@ -1,0 +1,209 @@
+"""The tile interface: two functions, and the one table that says which backend serves which device.
+
+Everything above this layer is these two and a matrix product:
+
+* `fold_` reads a tile of logits [n, v] once and accumulates the row state (`entropy_po.types.new_state`);
+* `grad_` reads it once more and overwrites it with d loss / d tile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from enum import Enum
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from entropy_po import reference
+from entropy_po.types import Level, Transform
+
+
+class Backend(str, Enum):
+    """What computes a tile."""
+
+    CPP = "cpp"  # csrc/ through entropy_po._C
+    TRITON = "triton"  # kernels/
+    TORCH = "torch"  # reference.py
+
+
+# Preferred first. `torch` serves every device and is never chosen silently where a faster backend should have been there.
+BACKENDS_BY_DEVICE = {"cpu": (Backend.CPP, Backend.TORCH), "cuda": (Backend.TRITON, Backend.TORCH)}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # codes of csrc/tile_cpu.h
+
+
+@cache
+def compiled_core() -> ModuleType | None:
+    """`entropy_po._C`, or None when the package was installed without a C++ compiler."""
+    try:
+        return importlib.import_module("entropy_po._C")
+    except ModuleNotFoundError as error:
+        if error.name != "entropy_po._C":
+            raise
+        return None
+
+
+@cache
+def triton_kernels() -> ModuleType | None:
+    """`entropy_po.kernels`, or None where Triton is not installed."""
+    try:
+        return importlib.import_module("entropy_po.kernels.launch")
+    except ModuleNotFoundError:
+        return None
+
+
+@cache
+def unavailable_reason(backend: Backend) -> str | None:
+    """Why a backend cannot run in this process, or None if it can."""
+    if backend is Backend.CPP and compiled_core() is None:
+        return "the C++ core was not built; install a C++ compiler and reinstall entropy_po"
+    if backend is Backend.TRITON and triton_kernels() is None:
+        return "Triton is not installed; pip install triton"
+    return None
+
+
+@cache
+def default_backend(device_type: str) -> Backend:
+    """The backend for a device when the caller names none; warns once when it is not the one meant for the device."""
+    candidates = BACKENDS_BY_DEVICE.get(device_type, (Backend.TORCH,))
+    chosen = next(b for b in candidates if unavailable_reason(b) is None)
+    if chosen is not candidates[0]:
+        warnings.warn(
+            f"entropy_po runs on plain torch on {device_type!r}, many times slower: {unavailable_reason(candidates[0])}.",
+            stacklevel=2,
+        )
+    return chosen
+
+
+def resolve_backend(backend: str | None, device: torch.device) -> Backend:
+    """The backend that will run, or an error that lists what could.
+
+    Raises:
+        ValueError: `backend` is not a name this package knows.
+        NotImplementedError: it is, but it cannot serve this device or is not installed. Nothing falls back.
+    """
+    if backend is None or backend == "":
+        return default_backend(device.type)
+    names = [b.value for b in Backend]
+    if backend not in names:
+        raise ValueError(f"backend={backend!r} is not one of {names}; leave it out to let the device decide.")
+    wanted = Backend(backend)
+    serving = available_backends()[device.type] if device.type in BACKENDS_BY_DEVICE else ["torch"]
+    if wanted.value not in serving:
+        reason = unavailable_reason(wanted) or f"it does not serve device {device.type!r}"
+        raise NotImplementedError(f"backend={backend!r} cannot be used: {reason}. Usable on {device.type!r}: {serving}.")
+    return wanted
+
+
+def available_backends() -> dict[str, list[str]]:
+    """Usable backends per device type, preferred first.
+
+    >>> "torch" in available_backends()["cpu"]
+    True
+    """
+    return {
+        device: [b.value for b in candidates if unavailable_reason(b) is None]
+        for device, candidates in BACKENDS_BY_DEVICE.items()
+    }
+
+
+def fold_(
+    tile: Tensor,  # [n, v], fp32 / bf16 / fp16 / fp64, last dimension contiguous
+    labels: Tensor,  # [n] int64, ids in the whole vocabulary
+    vocab_start: int,  # id of column 0
+    state: Tensor,  # [5 or 8, n], updated
+    transform: Transform,  # of this tile (Transform.tile)
+    *,
+    level: Level,
+    ignore_index: int = -100,
+    backend: Backend = Backend.TORCH,
+    isa: str = "",
+) -> None:
+    """Accumulate a tile into the row state, in one read. Tiles of a row may come in any order and any widths."""
+    if backend is Backend.CPP:
+        compiled_core().fold(_tile_args(tile, labels, vocab_start, state, transform, ignore_index), int(level), isa)
+    elif backend is Backend.TRITON:
+        triton_kernels().fold_(tile, labels, vocab_start, state, transform, level=level, ignore_index=ignore_index)
+    else:
+        reference.fold_(tile, labels, vocab_start, state, transform, level=level, ignore_index=ignore_index)
+
+
+def grad_(
+    tile: Tensor,  # as in fold_; overwritten unless `out` is given
+    labels: Tensor,
+    vocab_start: int,
+    state: Tensor,  # complete: every tile of the row has been folded
+    g_logp: Tensor | None,  # [n] in the state's dtype; None: no gradient, and no work for it
+    g_ent: Tensor | None,
+    transform: Transform,
+    *,
+    ignore_index: int = -100,
+    out: Tensor | None = None,  # [n, v]: the tile itself, its `bf16_overlay`, or a tensor of the tile's dtype
+    backend: Backend = Backend.TORCH,
+    isa: str = "",
+) -> None:
+    """Write g_logp * d logp / d tile + g_ent * d entropy / d tile, chained through the transform."""
+    out = tile if out is None else out
+    if backend is Backend.CPP:
+        g_logp = g_logp.contiguous() if g_logp is not None else None
+        g_ent = g_ent.contiguous() if g_ent is not None else None
+        compiled_core().grad(
+            _tile_args(tile, labels, vocab_start, state, transform, ignore_index),
+            _address(g_logp),
+            _address(g_ent),
+            out.data_ptr(),
+            DTYPES[out.dtype],
+            out.stride(0),
+            isa,
+        )
+    elif backend is Backend.TRITON:
+        triton_kernels().grad_(
+            tile, labels, vocab_start, state, g_logp, g_ent, transform, ignore_index=ignore_index, out=out
+        )
+    else:
+        reference.grad_(
+            tile, labels, vocab_start, state, g_logp, g_ent, transform, ignore_index=ignore_index, out=out
+        )
+
+
+def bf16_overlay(tile: Tensor) -> Tensor:
+    """A bf16 [n, v] view in the memory of an fp32 tile, each row at its row's start: `grad_` may narrow into it."""
+    return tile.view(torch.bfloat16)[:, : tile.shape[1]]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _tile_args(
+    tile: Tensor, labels: Tensor, vocab_start: int, state: Tensor, transform: Transform, ignore_index: int
+) -> object:
+    keep = transform.keep_mask
+    if keep is not None:
+        keep = keep.expand(tile.shape)
+        if tile.shape[1] > 1 and keep.stride(1) != 1:
+            keep = keep.contiguous()
+    args = compiled_core().TileArgs(
+        tile=tile.data_ptr(),
+        dtype=DTYPES[tile.dtype],
+        n_rows=tile.shape[0],
+        n_cols=tile.shape[1],
+        tile_stride=tile.stride(0),
+        labels=labels.data_ptr(),
+        vocab_start=vocab_start,
+        ignore_index=ignore_index,
+        state=state.data_ptr(),
+        state_stride=state.stride(0),
+        logit_scale=transform.logit_scale,
+        softcap=transform.softcap or 0.0,
+        temperature=transform.temperature,
+        row_temperature=_address(transform.row_temperature),
+        bias=_address(transform.bias),
+        keep=_address(keep),
+        keep_stride=0 if keep is None else keep.stride(0),
+        threads=torch.get_num_threads(),
+    )
+    args.keep_alive = (keep, transform)  # the struct holds addresses; these own the memory
+    return args

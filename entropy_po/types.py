@@ -1,0 +1,109 @@
+"""The values that cross the layers: the logit transform, the row state of a fold, and what the operators return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics of a distribution over the vocabulary; `None` where not asked for.
+
+    Every field has the shape of `labels`, fp32 (fp64 for fp64 input), and is 0 where the label is `ignore_index`.
+    `logps` and `entropy` are differentiable, the others are not.
+    """
+
+    logps: Tensor | None = None  # log p(label), nats
+    entropy: Tensor | None = None  # -sum_j p_j log p_j, nats
+    lse: Tensor | None = None  # log sum_j exp(z_j)
+    is_top1: Tensor | None = None  # bool: no logit is above the label's
+    mean_logit: Tensor | None = None  # mean of z_j over the entries with z_j > -inf
+    log_sum_sq_probs: Tensor | None = None  # log sum_j p_j^2: minus the Renyi-2 entropy, nats
+
+
+class Level(IntEnum):
+    """How much a fold accumulates; the values are those of csrc/tile.h."""
+
+    LOGPS = 0  # enough for logps, lse, is_top1
+    ENTROPY = 1
+    EXTRAS = 2  # mean_logit, log_sum_sq_probs
+
+    @classmethod
+    def for_outputs(cls, outputs: tuple[str, ...]) -> Level:
+        if "mean_logit" in outputs or "log_sum_sq_probs" in outputs:
+            return cls.EXTRAS
+        return cls.ENTROPY if "entropy" in outputs else cls.LOGPS
+
+
+@dataclass(frozen=True)
+class Transform:
+    """From raw logits x to the z that the softmax sees, in the order the models apply it.
+
+        z = softcap * tanh((x + bias) * logit_scale / softcap) / temperature,    -inf where keep_mask is False
+
+    A raw logit of -inf stays -inf under a softcap: it means "not in the vocabulary".
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    row_temperature: Tensor | None = None  # [n], replaces `temperature`
+    bias: Tensor | None = None  # [v]
+    keep_mask: Tensor | None = None  # bool, broadcastable to [n, v]; True stays in the softmax
+
+    def tile(self, rows: slice | Tensor, cols: slice, dtype: torch.dtype) -> Transform:
+        """The transform of the tile [rows, cols], its vectors in the dtype of the tile's arithmetic."""
+        row_temperature, bias, keep_mask = self.row_temperature, self.bias, self.keep_mask
+        if row_temperature is not None:
+            row_temperature = row_temperature[rows].to(dtype).contiguous()
+        if bias is not None:
+            bias = bias[cols].to(dtype).contiguous()
+        if keep_mask is not None:
+            keep_mask = keep_mask[..., cols] if keep_mask.shape[-1] > 1 else keep_mask
+            if keep_mask.ndim == 2 and keep_mask.shape[0] > 1:
+                keep_mask = keep_mask[rows]
+        return replace(self, row_temperature=row_temperature, bias=bias, keep_mask=keep_mask)
+
+
+# Rows of the state tensor [rows, n] that `fold_` accumulates, relative to the running maximum m (kernels/README.md):
+#   m, s = sum exp(z - m), t = sum exp(z - m) (z - m), label_d = z_label - m, label_z; at Level.EXTRAS also
+#   q = sum exp(z - m)^2, c = sum of z - m over live entries, live = how many entries are above -inf.
+STATE_ROWS = {Level.LOGPS: 5, Level.ENTROPY: 5, Level.EXTRAS: 8}
+
+
+def new_state(n: int, level: Level, like: Tensor) -> Tensor:
+    """An empty row state for `n` rows: nothing folded, and a label that no tile has held reads NaN, not 0."""
+    dtype = state_dtype(like.dtype)
+    state = torch.zeros((STATE_ROWS[level], n), dtype=dtype, device=like.device)
+    state[0] = -torch.inf
+    state[3:5] = torch.nan
+    return state
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic and outputs are fp32, except that an fp64 input is served in fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def stats_from_state(state: Tensor, outputs: tuple[str, ...]) -> TokenStats:
+    """Finish a folded state [5 or 8, n]. Differences are taken in fp64: n numbers, once per call."""
+    m, s, t, label_d, label_z = state[:5].double().unbind()
+    log_s = s.log()
+    made: dict[str, Tensor] = {}
+    if "logps" in outputs:
+        made["logps"] = label_d - log_s
+    if "entropy" in outputs:
+        made["entropy"] = (log_s - t / s).clamp_min(0)
+    if "lse" in outputs:
+        made["lse"] = m + log_s
+    if "is_top1" in outputs:
+        made["is_top1"] = label_z >= m
+    if "mean_logit" in outputs:
+        made["mean_logit"] = m + state[6].double() / state[7].double()
+    if "log_sum_sq_probs" in outputs:
+        made["log_sum_sq_probs"] = state[5].double().log() - 2 * log_s
+    return TokenStats(**{k: v if v.dtype == torch.bool else v.to(state.dtype) for k, v in made.items()})
