@@ -10,7 +10,10 @@ import sys
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
+# No loop may become a memcpy call: gcc expands one of unknown size to `rep movs`, slow at the 4 KiB of a block.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast"]
+# Nor may gcc 12 split a loop at a comparison inside it: what is left has control flow and is not vectorised.
+FLAGS += ["-fno-tree-loop-distribute-patterns", "-fno-split-loops"]
 # Apple's clang ships no OpenMP runtime; there the kernels run on one thread.
 OPENMP = [] if sys.platform in ("darwin", "win32") else ["-fopenmp"]
 if sys.platform == "win32":

@@ -36,7 +36,7 @@ struct Numeric;
 template <>
 struct Numeric<float> {
   using Int = int32_t;
-  static constexpr float kUnderflow = -87.0f;  // exp below this is flushed to an exact 0: 1.6e-38 against s >= 1
+  static constexpr float kFloor = -88.2f;  // exp(kFloor) comes out as an exact 0: its power of two is the one below all normals
   static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLog2e = 1.44269504088896341f;
   static constexpr float kLn2Hi = 0.693359375f;
@@ -57,7 +57,7 @@ struct Numeric<float> {
 template <>
 struct Numeric<double> {
   using Int = int64_t;
-  static constexpr double kUnderflow = -708.0;
+  static constexpr double kFloor = -709.2;
   static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLog2e = 1.44269504088896340736;
   static constexpr double kLn2Hi = 6.93147180369123816490e-01;
@@ -81,8 +81,16 @@ struct Numeric<double> {
   }
 };
 
-// exp(d) = scale * (1 + tail) for kUnderflow <= d <= 0. Branch-free, no libm call, so the loops around it vectorise;
-// a NaN stays a NaN (tail carries it).
+// d, but no lower than where exp is 0 anyway: -inf becomes finite, so that 0 * d is 0; a NaN stays a NaN. One select and
+// no second comparison: two on the same value are threaded into a branch, and the loop is scalar.
+template <class T>
+EP_INLINE T floored(T d) {
+  return d < Numeric<T>::kFloor ? Numeric<T>::kFloor : d;
+}
+
+// exp(d) = scale * (1 + tail) for kFloor <= d <= 0. Branch-free, no libm call, so the loops around it vectorise. An
+// exponent under the normal range gives scale = 0 exactly, which is how an entry of -inf contributes nothing at all
+// (what is dropped with it is below 1.2e-38 against s >= 1). A NaN stays a NaN: tail carries it.
 template <class T>
 EP_INLINE void exp_parts(T d, T& scale, T& tail) {
   using N = Numeric<T>;
@@ -97,23 +105,19 @@ EP_INLINE void exp_parts(T d, T& scale, T& tail) {
   tail = r + r * r * N::exp_tail(r);
 }
 
-// exp(d) for d <= 0; exactly 0 below kUnderflow (so an entry of -inf contributes nothing at all), NaN for NaN.
 template <class T>
-EP_INLINE T exp_nonpositive(T d) {
+EP_INLINE T exp_floored(T d) {
   T scale, tail;
   exp_parts(d, scale, tail);
-  const T e = scale * tail + scale;
-  return d < Numeric<T>::kUnderflow ? T(0) : e;
+  return scale * tail + scale;
 }
 
 // tanh(v) and its derivative from expm1(-2|v|): no cancellation near 0, and a derivative that is not 1 - tanh^2.
 template <class T>
 EP_INLINE void tanh_and_slope(T v, T& tanh_v, T& slope) {
-  const T a = T(-2) * std::fabs(v);
   T scale, tail;
-  exp_parts(a, scale, tail);
-  const bool gone = a < Numeric<T>::kUnderflow;
-  const T em1 = gone ? T(-1) : scale * tail + (scale - T(1));
+  exp_parts(floored(T(-2) * std::fabs(v)), scale, tail);
+  const T em1 = scale * tail + (scale - T(1));
   const T denominator = T(2) + em1;
   const T magnitude = -em1 / denominator;
   tanh_v = v < T(0) ? -magnitude : magnitude;

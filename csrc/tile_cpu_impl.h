@@ -2,13 +2,15 @@
 //
 // One thread takes whole rows. A row is walked in blocks that stay in L1: load and transform into a local buffer, then
 // one or two vectorised passes over the buffer. DRAM sees one read per fold, one read and one write per grad.
+#include <type_traits>
+
 #include "tile.h"
 #include "tile_cpu.h"
 
 namespace entropy_po {
 namespace ENTROPY_PO_ISA {
 
-constexpr int64_t kBlock = 1024;             // 4 KiB of fp32, 8 KiB with the slope buffer beside it
+constexpr int64_t kBlock = 1024;             // 4 KiB of fp32; grad has three such buffers
 constexpr int64_t kElementsPerThread = 1 << 14;  // below this a second thread costs more than it brings
 
 struct BFloat16 { uint16_t bits; };
@@ -79,11 +81,14 @@ struct RowTransform {
     keep = a.keep ? a.keep + row * a.keep_stride : nullptr;
   }
 
-  // u[0, n) from x[0, n), columns col.. of the tile; with kSlope also dz/dx. A logit of -inf stays -inf under a softcap:
-  // it means "not in the vocabulary", not "minus the cap".
+  // u of x[0, n), columns col.. of the tile, in `u` or, where there is nothing to do, x itself; with kSlope also dz/dx. A
+  // logit of -inf stays -inf under a softcap: it means "not in the vocabulary", not "minus the cap".
   template <bool kSlope, class Src>
-  EP_INLINE void apply(const Src* x, int64_t col, int64_t n, T* u, T* slope) const {
+  EP_INLINE const T* apply(const Src* x, int64_t col, int64_t n, T* u, T* slope) const {
     constexpr T kMinusInf = -std::numeric_limits<T>::infinity();
+    if constexpr (std::is_same_v<Src, T>) {
+      if (!bias && !keep && before_tanh == T(0)) return x;
+    }
     if (bias) {
       const T* b = bias + col;
       for (int64_t j = 0; j < n; ++j) u[j] = to<T>(x[j]) + b[j];
@@ -103,6 +108,7 @@ struct RowTransform {
       const uint8_t* keep_block = keep + col;
       for (int64_t j = 0; j < n; ++j) u[j] = keep_block[j] ? u[j] : kMinusInf;
     }
+    return u;
   }
 };
 
@@ -123,8 +129,8 @@ EP_INLINE void fold_block(const T* u, int64_t n, T k, RowState& row) {
 #pragma omp simd reduction(+ : s, t, q, c, live)
   for (int64_t j = 0; j < n; ++j) {
     const T raw = u[j] * k - m;
-    const T d = raw < Numeric<T>::kUnderflow ? Numeric<T>::kUnderflow - T(1) : raw;  // finite, so that 0 * d is 0
-    const T e = exp_nonpositive(d);
+    const T d = floored(raw);
+    const T e = exp_floored(d);
     s += e;
     if (kLevel >= kEntropy) t += e * d;
     if (kLevel >= kExtras) {
@@ -158,10 +164,10 @@ void fold_rows(const TileArgs& a) {
       row.c = st[6 * stride];
       row.live = st[7 * stride];
     }
-    alignas(64) T u[kBlock];
+    alignas(64) T buffer[kBlock];
     for (int64_t col = 0; col < a.n_cols; col += kBlock) {
       const int64_t n = a.n_cols - col < kBlock ? a.n_cols - col : kBlock;
-      transform.template apply<false>(x + col, col, n, u, static_cast<T*>(nullptr));
+      const T* u = transform.template apply<false>(x + col, col, n, buffer, static_cast<T*>(nullptr));
       fold_block<kLevel>(u, n, transform.k, row);
       if (label >= col && label < col + n) {
         const double label_u = u[label - col];
@@ -207,29 +213,26 @@ void grad_rows(const TileArgs& a) {
     const T row_m = T(m), mean_d = T(gradient.mean_d);
     const T logp_scale = -gl * T(gradient.inv_s) * chain, entropy_scale = -ge * T(gradient.inv_s) * chain;
     const int64_t label = a.labels[i] - a.vocab_start;
-    alignas(64) T u[kBlock];  // becomes the gradient in place
+    alignas(64) T buffer[kBlock];
+    alignas(64) T dz[kBlock];
     alignas(64) T slope[kBlock];
     for (int64_t col = 0; col < a.n_cols; col += kBlock) {
       const int64_t n = a.n_cols - col < kBlock ? a.n_cols - col : kBlock;
-      if (capped) {
-        transform.template apply<true>(x + col, col, n, u, slope);
-      } else {
-        transform.template apply<false>(x + col, col, n, u, slope);
-      }
+      const T* u = capped ? transform.template apply<true>(x + col, col, n, buffer, slope)
+                          : transform.template apply<false>(x + col, col, n, buffer, slope);
       const bool has_label = label >= col && label < col + n;
       const double label_d = has_label ? double(u[label - col]) * k - m : 0.0;
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
-        const T raw = u[j] * k - row_m;
-        const T d = raw < Numeric<T>::kUnderflow ? Numeric<T>::kUnderflow - T(1) : raw;
-        const T e = exp_nonpositive(d);
-        u[j] = e * (kEntropyGradient ? logp_scale + entropy_scale * (d - mean_d) : logp_scale);
+        const T d = floored(u[j] * k - row_m);
+        const T e = exp_floored(d);
+        dz[j] = e * (kEntropyGradient ? logp_scale + entropy_scale * (d - mean_d) : logp_scale);
       }
-      if (has_label) u[label - col] = T(gradient.at_label(label_d)) * chain;
+      if (has_label) dz[label - col] = T(gradient.at_label(label_d)) * chain;
       if (capped) {
-        for (int64_t j = 0; j < n; ++j) u[j] *= slope[j];
+        for (int64_t j = 0; j < n; ++j) dz[j] *= slope[j];
       }
-      for (int64_t j = 0; j < n; ++j) out[col + j] = Rounded<Out>::from(u[j]);
+      for (int64_t j = 0; j < n; ++j) out[col + j] = Rounded<Out>::from(dz[j]);
     }
   }
 }

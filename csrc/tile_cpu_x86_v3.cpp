@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #pragma GCC target("arch=x86-64-v3")
 #define ENTROPY_PO_ISA x86_v3

@@ -3,9 +3,22 @@
 Importing this needs torch alone; Triton, the compiled core, transformers and the rest load where they are first used.
 """
 
+__version__ = "0.1.0"
+
+from entropy_po.doctor import describe as describe
+from entropy_po.dual import solve_dual as solve_dual
+from entropy_po.objective import EntropyObjective as EntropyObjective
 from entropy_po.ops.linear_token_stats import linear_token_stats as linear_token_stats
 from entropy_po.ops.token_stats import token_stats as token_stats
 from entropy_po.tiles import available_backends as available_backends
 from entropy_po.types import TokenStats as TokenStats
 
-__version__ = "0.1.0"
+__all__ = [
+    "EntropyObjective",
+    "TokenStats",
+    "available_backends",
+    "describe",
+    "linear_token_stats",
+    "solve_dual",
+    "token_stats",
+]

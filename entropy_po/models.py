@@ -56,7 +56,9 @@ def load_model(
     base = _adapter_base(name_or_path)
     if base is not None:
         if adapter is not None:
-            raise ValueError(f"adapter: {name_or_path} is an adapter itself, got {adapter} too; merge one of them first")
+            raise ValueError(
+                f"adapter: got {adapter}, but {name_or_path} is an adapter itself; merge one of them first"
+            )
         return load_model(base, dtype=dtype, adapter=name_or_path, **kwargs)
     kwargs["dtype"] = _resolve_dtype(dtype)
     with _progress_bars(not _is_local(name_or_path)):
@@ -113,7 +115,9 @@ def _adapter_base(name_or_path: str | os.PathLike) -> str | None:
     folder = Path(name_or_path)
     if not (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
         return None
-    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    # peft records where the model lay: for ours, a cache folder that another machine does not have.
+    return SMOLLM2 if Path(base).name.startswith(f"{SMOLLM2}-") else base
 
 
 @contextmanager
@@ -158,7 +162,7 @@ def _converted_smollm2() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
     except OSError as error:
-        raise OSError(f"{cache} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a writable folder") from error
+        raise OSError(f"{cache}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written") from error
     try:
         _convert_gguf(gguf, scratch)
         try:

@@ -57,7 +57,14 @@ def token_stats(logits: Tensor, labels: Tensor, transform: Transform, ignore_ind
 
 
 def fold_(
-    tile: Tensor, labels: Tensor, vocab_start: int, state: Tensor, transform: Transform, *, level: Level, ignore_index: int
+    tile: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    state: Tensor,
+    transform: Transform,
+    *,
+    level: Level,
+    ignore_index: int,
 ) -> None:
     """Accumulate a tile [n, v] into `state` in place; see `entropy_po.tiles.fold_`."""
     z = transformed(tile, transform)
@@ -65,7 +72,9 @@ def fold_(
         return
     old_m = state[0]
     new_m = torch.maximum(old_m, z.amax(-1))
-    shrink = torch.where(old_m == new_m, torch.zeros_like(old_m), old_m - new_m)  # -inf for a row with nothing folded yet
+    shrink = torch.where(
+        old_m == new_m, torch.zeros_like(old_m), old_m - new_m
+    )  # -inf for a row with nothing folded yet
     factor = shrink.exp()
     shift = torch.where(new_m == -torch.inf, torch.zeros_like(new_m), new_m)
     d = z - shift[:, None]

@@ -93,7 +93,9 @@ def resolve_backend(backend: str | None, device: torch.device) -> Backend:
     serving = available_backends()[device.type] if device.type in BACKENDS_BY_DEVICE else ["torch"]
     if wanted.value not in serving:
         reason = unavailable_reason(wanted) or f"it does not serve device {device.type!r}"
-        raise NotImplementedError(f"backend={backend!r} cannot be used: {reason}. Usable on {device.type!r}: {serving}.")
+        raise NotImplementedError(
+            f"backend={backend!r} cannot be used: {reason}. Usable on {device.type!r}: {serving}."
+        )
     return wanted
 
 
@@ -163,9 +165,7 @@ def grad_(
             tile, labels, vocab_start, state, g_logp, g_ent, transform, ignore_index=ignore_index, out=out
         )
     else:
-        reference.grad_(
-            tile, labels, vocab_start, state, g_logp, g_ent, transform, ignore_index=ignore_index, out=out
-        )
+        reference.grad_(tile, labels, vocab_start, state, g_logp, g_ent, transform, ignore_index=ignore_index, out=out)
 
 
 def bf16_overlay(tile: Tensor) -> Tensor:

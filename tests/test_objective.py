@@ -9,8 +9,10 @@ import pytest
 import torch
 from scipy.optimize import brentq, minimize
 
+import entropy_po.dual
 import entropy_po.objective
-from entropy_po.objective import LOSSES, EntropyObjective, solve_dual
+from entropy_po.dual import solve_dual
+from entropy_po.objective import LOSSES, EntropyObjective
 
 ROUNDING = 1e-12  # relative, of a few fp64 operations on numbers up to ~1e3
 PRINTED = 0.5e-6 + 1e-12  # half a unit of the sixth decimal, the digits of theory.md's table
@@ -223,6 +225,8 @@ def test_extreme_margins_stay_finite(loss, eps, dtype):
     value, slope = EntropyObjective.dpo(0.1).pair_loss_and_slope(z, loss, eps)
     (grad,) = torch.autograd.grad(value.sum(), z)
     assert value.isfinite().all() and slope.isfinite().all() and grad.isfinite().all()
+    if loss == "hinge":
+        assert torch.equal(slope, grad.to(slope.dtype))  # at the corner z = 1 too
     if loss == "sigmoid" and eps == 0:
         assert value[0] == -z[0].item() and value[-1] == 0 and slope[0] == -1 and slope[-1] == 0
 

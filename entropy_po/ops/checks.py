@@ -83,7 +83,9 @@ def make_transform(
         raise ValueError(f"logit_scale={logit_scale} must be a finite number > 0; use 1.0 for no scale.")
     if bias is not None:
         if tuple(bias.shape) != (vocab_size,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({vocab_size},): one entry per vocabulary id.")
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}, expected ({vocab_size},): one entry per vocabulary id."
+            )
         check_device("bias", bias, device)
     if keep_mask is not None:
         if keep_mask.dtype != torch.bool:

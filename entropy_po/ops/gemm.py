@@ -18,7 +18,6 @@ from torch import Tensor
 from entropy_po.tiles import Backend, bf16_overlay
 from entropy_po.types import state_dtype
 
-
 _precision_lock = threading.Lock()
 
 

@@ -219,7 +219,9 @@ def _backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *re
     g_logp, g_ent = p.gather(grad_logps), p.gather(grad_entropy)
     n, d = p.labels.numel(), hidden.shape[1]
     products = -(-p.plan.v // p.plan.cols)
-    grad_hidden = hidden.new_zeros((n, d), dtype=gemm.accumulator_dtype(hidden.dtype, products)) if need_hidden else None
+    grad_hidden = (
+        hidden.new_zeros((n, d), dtype=gemm.accumulator_dtype(hidden.dtype, products)) if need_hidden else None
+    )
     grad_weight = torch.zeros_like(p.weight) if need_weight and n == 0 else None
     if need_weight and n:
         grad_weight = torch.empty_like(p.weight, memory_format=torch.contiguous_format)

@@ -37,7 +37,8 @@ def empty_stats(n: int | torch.SymInt, outputs: list[str], like: Tensor) -> list
     """The six results of a fold, uninitialised: [n] where asked for, [0] where not."""
     dtype = state_dtype(like.dtype)
     return [
-        like.new_empty((n if name in outputs else 0,), dtype=torch.bool if name == "is_top1" else dtype) for name in FIELDS
+        like.new_empty((n if name in outputs else 0,), dtype=torch.bool if name == "is_top1" else dtype)
+        for name in FIELDS
     ]
 
 

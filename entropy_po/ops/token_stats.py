@@ -10,7 +10,9 @@ from entropy_po.ops import checks, schema
 from entropy_po.types import Level, TokenStats, Transform, new_state, state_dtype, stats_from_state
 
 _SCHEMA = f"(Tensor logits, Tensor labels, {schema.OPTIONS}, bool inplace_backward)"
-_BACKWARD = f"(Tensor? grad_logps, Tensor? grad_entropy, Tensor{{}} logits, Tensor labels, Tensor state, {schema.OPTIONS})"
+_BACKWARD = (
+    f"(Tensor? grad_logps, Tensor? grad_entropy, Tensor{{}} logits, Tensor labels, Tensor state, {schema.OPTIONS})"
+)
 
 schema.LIBRARY.define(f"token_stats{_SCHEMA} -> ({schema.STATS}, Tensor)")
 schema.LIBRARY.define(f"token_stats_backward{_BACKWARD.format('')} -> Tensor")
@@ -69,7 +71,9 @@ def token_stats(
     outputs = checks.check_outputs(outputs)
     checks.check_matrix("logits", logits, "[..., V]")
     if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; the last dimension is the vocabulary and needs an entry.")
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}; the last dimension is the vocabulary and needs an entry."
+        )
     checks.check_labels(labels, logits.shape[:-1], logits.device)
     flat = logits.reshape(-1, logits.shape[-1])
     if flat.stride(-1) != 1:
@@ -191,6 +195,4 @@ for _name, _kernel, _fake in (
     schema.LIBRARY.impl(_name, _kernel, "CPU")
     schema.LIBRARY.impl(_name, _kernel, "CUDA")
     torch.library.register_fake(f"entropy_po::{_name}", _fake, lib=schema.LIBRARY)
-torch.library.register_autograd(
-    "entropy_po::token_stats", _autograd, setup_context=_setup_context, lib=schema.LIBRARY
-)
+torch.library.register_autograd("entropy_po::token_stats", _autograd, setup_context=_setup_context, lib=schema.LIBRARY)

@@ -1,0 +1,38 @@
+# Two commands on a fresh machine: `make demo` (the main job) and `make test`. Each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test test-fast lint bench pairs clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/entropy-po demo
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+# what a change is checked with while it is being made: no wheel builds, no training of the real model
+test-fast: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.bars
+
+# samples the model again and rewrites the committed preference pairs
+pairs: $(VENV)/demo.stamp
+	$(BIN)/python -m entropy_po.demo.make_pairs
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.stamp: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info entropy_po/_C*.so runs

@@ -1,0 +1,174 @@
+"""QEMPO and QEMPO-KL on a finite outcome space: the multipliers and the policy that meet (R, K). Source: arXiv 2602.15894."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_po.objective import EntropyObjective, _check_shape, _non_negative, _real
+
+
+@dataclass(frozen=True, eq=False)
+class DualSolution:
+    """What `solve_dual` found: the multipliers, the policy and where it lies. Entropy and KL in nats.
+
+    Attributes:
+        objective: the (a, b) whose optimum the policy is, or None when lam = 0 (a = (1 + mu) / lam is infinite then).
+        lam, mu: multipliers >= 0 of the reward and the KL constraint; 0 when the constraint does not bind.
+        policy_logps: [Y], fp64 on the CPU; -inf outside the support of the reference when `max_kl` was given.
+        entropy, reward: H(pi) and E_pi[r].
+        kl: KL(pi || ref); None without a reference, inf where pi leaves the reference's support.
+    """
+
+    objective: EntropyObjective | None
+    lam: float
+    mu: float
+    policy_logps: Tensor
+    entropy: float
+    reward: float
+    kl: float | None
+
+
+def solve_dual(
+    rewards: Tensor, ref_logps: Tensor | None, min_reward: float, max_kl: float | None = None
+) -> DualSolution:
+    """The most diverse policy that meets a reward target and, optionally, a KL budget, on a finite outcome space.
+
+        QEMPO      max H(pi)   s.t. E_pi[r] >= R                          (max_kl = None)
+        QEMPO-KL   max H(pi)   s.t. E_pi[r] >= R  and  KL(pi||ref) <= K
+
+    by the dual, min over lam, mu >= 0 of
+
+        (1 + mu) * log sum_y exp((lam * r + mu * log ref) / (1 + mu)) - lam * R + mu * K.
+
+    With u = 1 / (1 + mu) and c = lam * u its policy is ref^(1-u) * exp(c * r) / Z. E[r] rises with c; and at the c(u)
+    that meets R, KL never falls as u rises (the dual, minimised over lam, is convex in mu). So two nested bracketed
+    root searches find both multipliers, with nothing to tune and no start that fails.
+
+    Args:
+        rewards: [Y], finite.
+        ref_logps: [Y], log-probs that sum to one (checked to 1e-4, then normalised in fp64); -inf means no support.
+            May be None when `max_kl` is None; given there, it only serves to report the KL.
+        min_reward: R.
+        max_kl: K >= 0 in nats, or None for no KL constraint. When given, the policy keeps to the reference's support.
+    Returns:
+        DualSolution. When both constraints are slack at the uniform policy (on the support), it is that policy.
+    Raises:
+        ValueError: an argument out of its range; R above the largest reward; K below the least KL that reaches R; or
+            R, K that leave a single feasible point (R the largest reward, K exactly RLHF's KL at R), where the
+            multipliers diverge. The message says which argument to move, and past what.
+    Numerics:
+        fp64 on the CPU; constraints are met to rounding. Against scipy in tests/test_objective.py.
+    Example:
+        >>> found = solve_dual(torch.tensor([0.0, 1.0]), None, min_reward=0.75)
+        >>> round(found.lam, 6), round(found.entropy, 6)            # log 3, and the entropy of (1/4, 3/4)
+        (1.098612, 0.562335)
+
+    Source: arXiv 2602.15894.
+    """
+    r, log_ref = _checked_outcomes(rewards, ref_logps)
+    min_reward = _real("min_reward", min_reward, "pass the expected reward to reach")
+    if max_kl is not None:
+        max_kl = _non_negative("max_kl", max_kl, "pass the KL budget in nats, or None for no budget")
+        if log_ref is None:
+            raise ValueError("ref_logps must be given with max_kl, got None; pass log ref [Y] or max_kl=None")
+    keep = torch.ones_like(r, dtype=torch.bool) if max_kl is None else ~torch.isneginf(log_ref)
+    best, spread = float(r[keep].max()), float(r[keep].max() - r[keep].min()) or 1.0
+    d = (r[keep] - best) / spread  # [n] in [-1, 0]; relative to the best, so that R close below it costs no digits
+    target = (min_reward - best) / spread
+    where = f"the largest reward {best:g}" + ("" if bool(keep.all()) else " that ref_logps supports")
+    if target > 0:
+        raise ValueError(f"min_reward must be at most {where}, got {min_reward:g}; lower min_reward")
+    if target == 0 and bool((d < 0).any()):
+        raise ValueError(
+            f"min_reward must be below {where}, got {min_reward:g}, which only the best outcomes reach, so that lam "
+            f"diverges; lower min_reward"
+        )
+
+    def solution(u: float, c: float, logp: Tensor) -> DualSolution:
+        lam, mu = c / spread / u, (1 - u) / u
+        policy = torch.full_like(r, -math.inf)
+        policy[keep] = logp
+        return DualSolution(
+            objective=EntropyObjective.qempo_kl(lam, mu) if lam > 0 else None,
+            lam=lam,
+            mu=mu,
+            policy_logps=policy,
+            entropy=-float(logp.exp() @ logp),
+            reward=best + spread * float(logp.exp() @ d),
+            kl=None if log_ref is None else _kl(logp, log_ref[keep]),
+        )
+
+    free = solution(1.0, *_tilt(torch.zeros_like(d), d, target))
+    slack = 1e-9 * (max_kl or 0.0) + 1e-13  # of K: what rounding of a KL can hide
+    if max_kl is None or free.kl <= max_kl + slack:
+        return free
+    base = log_ref[keep]
+    least_kl = _kl(_tilt(base, d, target)[1], base)
+    if max_kl < least_kl - slack:
+        raise ValueError(
+            f"max_kl must be above {least_kl:.6g}, the least KL at which the expected reward reaches "
+            f"min_reward={min_reward:g}, got {max_kl:g}; raise max_kl or lower min_reward"
+        )
+    if max_kl <= least_kl + slack:
+        raise ValueError(
+            f"max_kl must be above {least_kl:.6g}, got that very value, which leaves RLHF as the only feasible "
+            f"policy, so that the multipliers diverge; raise max_kl (say by 5 %) or lower min_reward={min_reward:g}"
+        )
+    u = _increasing_root(lambda u: _kl(_tilt((1 - u) * base, d, target)[1], base) - max_kl, 0.0, 1.0)
+    return solution(u, *_tilt((1 - u) * base, d, target))
+
+
+def _tilt(base: Tensor, d: Tensor, target: float) -> tuple[float, Tensor]:
+    """(c, log-probs of softmax(base + c * d)) at the least c >= 0 with E[d] >= target; d <= 0, target < 0 or d = 0."""
+
+    def excess(c: float) -> float:
+        return float(torch.softmax(base + c * d, dim=0) @ d) - target
+
+    c = 0.0
+    if excess(0.0) < -1e-15:  # below the rounding of E[d], R already holds at c = 0
+        high = 1.0
+        while excess(high) < 0:
+            high *= 2
+        c = _increasing_root(excess, 0.0, high)
+    return c, torch.log_softmax(base + c * d, dim=0)
+
+
+def _increasing_root(f: Callable[[float], float], low: float, high: float) -> float:
+    """Root of an increasing f with f(low) < 0 <= f(high), to a few units in the last place; ends where f >= 0."""
+    f_low, f_high, last = f(low), f(high), 0
+    for step in range(240):  # every third step halves the bracket, so this covers all 53 bits and small roots
+        if f_high == 0 or high - low <= 4 * 2.0**-52 * high:
+            break
+        x = high - f_high * (high - low) / (f_high - f_low)
+        if step % 3 == 2 or not low < x < high:
+            x = 0.5 * (low + high)
+        y = f(x)
+        side = 1 if y >= 0 else -1
+        if side > 0:
+            high, f_high, f_low = x, y, f_low * (0.5 if last == side else 1.0)  # Illinois: unstick the other end
+        else:
+            low, f_low, f_high = x, y, f_high * (0.5 if last == side else 1.0)
+        last = side
+    return high
+
+
+def _kl(logp: Tensor, log_ref: Tensor) -> float:
+    p = logp.exp()
+    return float(torch.where(p > 0, p * (logp - log_ref), 0.0).sum())  # p = 0 off the support of ref: 0, not 0 * inf
+
+
+def _checked_outcomes(rewards: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    r = rewards.detach().to("cpu", torch.float64)
+    if r.dim() != 1 or r.numel() == 0 or not bool(r.isfinite().all()):
+        raise ValueError(f"rewards must be a non-empty [Y] of finite numbers, got shape {tuple(r.shape)}; check it")
+    if ref_logps is None:
+        return r, None
+    _check_shape("ref_logps", ref_logps, rewards, "rewards")
+    log_ref = ref_logps.detach().to("cpu", torch.float64)
+    total = float(torch.logsumexp(log_ref, dim=0))
+    if not abs(total) <= 1e-4:  # also catches NaN and a reference that is -inf throughout
+        raise ValueError(f"ref_logps must be log-probs that sum to one, got log sum {total:g}; apply log_softmax first")
+    return r, log_ref - total
