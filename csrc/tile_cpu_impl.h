@@ -11,6 +11,7 @@ namespace entropy_po {
 namespace ENTROPY_PO_ISA {
 
 constexpr int64_t kBlock = 1024;             // 4 KiB of fp32; grad has three such buffers
+constexpr int64_t kRowsPerGrab = 4;  // rows cost alike, but a shared machine's cores do not: whoever is free takes the next
 constexpr int64_t kElementsPerThread = 1 << 14;  // below this a second thread costs more than it brings
 
 struct BFloat16 { uint16_t bits; };
@@ -151,7 +152,7 @@ template <class Src, class T, int kLevel>
 void fold_rows(const TileArgs& a) {
   T* state = static_cast<T*>(a.state);
   const int64_t stride = a.state_stride;
-#pragma omp parallel for num_threads(a.threads) schedule(static)
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic, kRowsPerGrab)
   for (int64_t i = 0; i < a.n_rows; ++i) {
     if (a.labels[i] == a.ignore_index) continue;
     const Src* x = static_cast<const Src*>(a.tile) + i * a.tile_stride;
@@ -194,7 +195,7 @@ void grad_rows(const TileArgs& a) {
   const T* g_logp = static_cast<const T*>(a.g_logp);
   const T* g_entropy = static_cast<const T*>(a.g_entropy);
   const int64_t stride = a.state_stride;
-#pragma omp parallel for num_threads(a.threads) schedule(static)
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic, kRowsPerGrab)
   for (int64_t i = 0; i < a.n_rows; ++i) {
     const Src* x = static_cast<const Src*>(a.tile) + i * a.tile_stride;
     Out* out = static_cast<Out*>(a.out) + i * a.out_stride;
