@@ -23,11 +23,12 @@ core = Pybind11Extension(
     "entropy_po._C",
     sources=[
         "csrc/bindings.cpp",
+        "csrc/gemm_bf16.cpp",
         "csrc/tile_cpu_baseline.cpp",
         "csrc/tile_cpu_x86_v3.cpp",
         "csrc/tile_cpu_x86_v4.cpp",
     ],
-    depends=["csrc/tile.h", "csrc/tile_cpu.h", "csrc/tile_cpu_impl.h"],
+    depends=["csrc/gemm_bf16.h", "csrc/tile.h", "csrc/tile_cpu.h", "csrc/tile_cpu_impl.h"],
     define_macros=[("ENTROPY_PO_BUILD_FLAGS", '"' + " ".join(FLAGS + OPENMP) + '"')],
     extra_compile_args=FLAGS + OPENMP,
     extra_link_args=OPENMP,

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "gemm_bf16.h"
 #include "tile_cpu.h"
 
 namespace py = pybind11;
@@ -116,6 +117,22 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("args"), py::arg("g_logp"), py::arg("g_entropy"), py::arg("out"), py::arg("out_dtype"),
       py::arg("out_stride"), py::arg("isa") = "");
+
+  m.def("gemm_bf16_supported", &entropy_po::gemm_bf16_supported, "Whether this processor can run gemm_bf16.");
+  m.def(
+      "gemm_bf16",
+      [](uintptr_t hidden, uintptr_t weight, uintptr_t out, int64_t n, int64_t v, int64_t d, int64_t hidden_stride,
+         int64_t weight_stride, int64_t out_stride, int threads) {
+        if (!entropy_po::gemm_bf16_supported()) throw std::runtime_error("gemm_bf16 needs a processor with AVX512_BF16");
+        if (d % 2 != 0) throw std::invalid_argument("gemm_bf16 needs an even D, got " + std::to_string(d));
+        py::gil_scoped_release release;
+        const bool done = entropy_po::gemm_bf16({pointer<const uint16_t>(hidden), pointer<const uint16_t>(weight),
+                                                 pointer<float>(out), n, v, d, hidden_stride, weight_stride, out_stride,
+                                                 threads < 1 ? 1 : threads});
+        if (!done) throw std::bad_alloc();
+      },
+      py::kw_only(), py::arg("hidden"), py::arg("weight"), py::arg("out"), py::arg("n"), py::arg("v"), py::arg("d"),
+      py::arg("hidden_stride"), py::arg("weight_stride"), py::arg("out_stride"), py::arg("threads"));
 
   m.def("cpu_isas", [] {
     std::vector<std::string> names;

@@ -36,14 +36,11 @@ class TilePlan:
 
 
 def tile_bytes(rows: int, cols: int, d: int, *, element: int, operand_copies: bool) -> int:
-    """Bytes live at once while one tile is worked on, forward or backward, whichever holds more.
-
-    tile [rows, cols] + with half-precision operands on a CPU, fp32 copies of the hidden rows and of the weight columns
-    + the product that is added into dW [cols, d] or dH [rows, d] (one at a time).
+    """Bytes of the buffers that one call reuses from tile to tile: the tile [rows, cols], the sum of dW's columns, one
+    product that is added into dW or dH, and, with half-precision operands on a CPU, fp32 copies of hidden and weight rows.
     """
-    tile = rows * cols * element
-    copies = (rows + cols) * d * element if operand_copies else 0
-    return tile + copies + max(rows, cols) * d * element
+    copies = (rows + cols) * d if operand_copies else 0
+    return element * (rows * cols + cols * d + max(rows, cols) * d + copies)
 
 
 def plan_tiles(n: int, v: int, d: int, *, element: int, operand_copies: bool, workspace_bytes: int) -> TilePlan:

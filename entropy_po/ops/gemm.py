@@ -1,8 +1,8 @@
 """The three matrix products of the hidden path, with tile values in fp32 whatever the operands are.
 
-A bf16 product would round the logits to 8 bits (error 3e-2 at |z| = 10), which biases the entropy; so on CUDA the product
-is asked for fp32 results, and on a CPU it multiplies fp32 copies of the operand tiles in the matrix unit's bf16 mode:
-the inputs are exact, the sums and the result are fp32.
+A bf16 product would round the logits to 8 bits (error 3e-2 at |z| = 10), which biases the entropy. So CUDA is asked for
+fp32 results; and on a CPU, where torch has no such product, bf16 operands go to the compiled core's on AVX512_BF16, or
+are copied to fp32 tile by tile, which the matrix library then multiplies in its bf16 mode where it has one (AMX).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from entropy_po.tiles import Backend, bf16_overlay
+from entropy_po.tiles import bf16_overlay, compiled_core
 from entropy_po.types import state_dtype
 
 _precision_lock = threading.Lock()
@@ -44,14 +44,42 @@ def native_bf16(device_type: str) -> bool:
     return device_type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def operand_copies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether tiles of the operands are copied to fp32 before the product."""
-    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+@cache
+def compiled_bf16() -> bool:
+    """Whether `_C.gemm_bf16` makes the fp32 tiles of bf16 operands. With AMX the matrix library is faster than it."""
+    core = compiled_core()
+    return core is not None and core.gemm_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
-def operand(x: Tensor) -> Tensor:
-    """`x` as `logits_tile` takes it."""
-    return x.float() if operand_copies(x.dtype, x.device) else x
+def operand_copies(dtype: torch.dtype, device: torch.device, d: int) -> bool:
+    """Whether tiles of the operands, [., d], are copied to fp32 before the product."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not (dtype == torch.bfloat16 and d % 2 == 0 and compiled_bf16())
+
+
+class Scratch:
+    """Named buffers that one call reuses from tile to tile: fresh memory costs a page fault every 4 KiB, which for the
+    fp32 copies of a bf16 weight would be more time than the conversion itself."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """A contiguous [shape] of memory, valid until the name is asked for again."""
+        size = shape[0] * shape[1]
+        buffer = self.buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+        return buffer[:size].view(shape)
+
+
+def operand(x: Tensor, name: str, scratch: Scratch) -> Tensor:
+    """`x` [rows, D] as `logits_tile` takes it."""
+    if not operand_copies(x.dtype, x.device, x.shape[1]):
+        return x
+    return scratch(name, tuple(x.shape), torch.float32).copy_(x)
 
 
 def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.dtype) -> Tensor:
@@ -59,16 +87,29 @@ def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.
     if hidden.dtype == out.dtype:
         with _bf16_matrix_unit(model_dtype == torch.bfloat16 and hidden.device.type == "cpu"):
             return torch.mm(hidden, weight.t(), out=out)
+    if hidden.device.type == "cpu":
+        compiled_core().gemm_bf16(
+            hidden=hidden.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            n=hidden.shape[0],
+            v=weight.shape[0],
+            d=hidden.shape[1],
+            hidden_stride=hidden.stride(0),
+            weight_stride=weight.stride(0),
+            out_stride=out.stride(0),
+            threads=torch.get_num_threads(),
+        )
+        return out
     return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
 
 
-def gradient_tile(tile: Tensor, dtype: torch.dtype, backend: Backend) -> Tensor:
+def gradient_tile(tile: Tensor, dtype: torch.dtype) -> Tensor:
     """Where `grad_` writes: over the tile, narrowed to bf16 for bf16 operands, which are then multiplied natively."""
-    narrow = dtype == torch.bfloat16 and backend is not Backend.TORCH and native_bf16(tile.device.type)
-    return bf16_overlay(tile) if narrow else tile
+    return bf16_overlay(tile) if dtype == torch.bfloat16 and native_bf16(tile.device.type) else tile
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch: Scratch) -> None:
     """total (+)= left @ right. `total` of the operands' dtype takes one product; sums of several are kept in fp32.
 
     With half-precision operands each product is rounded once, as any half-precision GEMM's result is, before it is added.
@@ -78,10 +119,12 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
             torch.mm(left, right, out=total)
         else:
             total.addmm_(left, right)
-    elif first:
-        total.copy_(torch.mm(left, right))
+        return
+    product = torch.mm(left, right, out=scratch("product", tuple(total.shape), left.dtype))
+    if first:
+        total.copy_(product)
     else:
-        total += torch.mm(left, right)
+        total += product
 
 
 def accumulator_dtype(dtype: torch.dtype, products: int) -> torch.dtype:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from entropy_po import tiles
 from entropy_po.ops import checks, gemm, schema
 from entropy_po.plan import DEFAULT_CPU_WORKSPACE, TilePlan, plan_tiles
-from entropy_po.types import Level, TokenStats, new_state, state_dtype, stats_from_state
+from entropy_po.types import Level, TokenStats, Transform, new_state, state_dtype, stats_from_state
 
 _INPUTS = "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor labels"
 schema.LIBRARY.define(
@@ -110,6 +112,16 @@ def linear_token_stats(
     return schema.token_stats_from_flat(results, outputs, labels.shape)
 
 
+class _Tile(NamedTuple):
+    rows: slice
+    cols: slice
+    logits: Tensor  # [n, v], fp32, ready to be folded or overwritten by its gradient
+    hidden: dict[torch.dtype, Tensor]  # [n, D], as given and as multiplied
+    weight: dict[torch.dtype, Tensor]  # [v, D], likewise
+    state: Tensor  # [5 or 8, n]
+    transform: Transform
+
+
 class _Problem:
     """One call's inputs, reduced to the rows that count, with the tile loop that forward and backward share."""
 
@@ -121,6 +133,7 @@ class _Problem:
         self.backend = tiles.resolve_backend(backend, hidden.device)
         self.level = Level.for_outputs(self.outputs)
         self.arithmetic = state_dtype(hidden.dtype)
+        self.scratch = gemm.Scratch(hidden.device)
         if hidden.device.type == "cpu":
             checks.check_label_range(labels, weight.shape[0], self.ignore_index)
         # Rows without a label never reach a product. They are gathered tile by tile, so that no second copy of the
@@ -135,30 +148,31 @@ class _Problem:
             weight.shape[0],
             weight.shape[1],
             element=self.arithmetic.itemsize,
-            operand_copies=gemm.operand_copies(hidden.dtype, hidden.device),
+            operand_copies=gemm.operand_copies(hidden.dtype, hidden.device, hidden.shape[1]),
             workspace_bytes=workspace_bytes,
         )
 
-    def hidden_rows(self, rows: slice) -> Tensor:
-        return self.hidden[rows] if self.kept is None else self.hidden[self.kept[rows]]
-
-    def tiles(self, state: Tensor):
-        """Yield (rows, cols, hidden rows, fp32 logits, state of the rows, transform) for every tile.
-
-        Columns are the outer loop: a weight tile is converted once per call, and dW is finished tile by tile.
-        """
+    def tiles(self, state: Tensor) -> Iterator[_Tile]:
+        """Every tile of the logits. Columns are the outer loop: a weight tile is converted once per call, and dW is
+        finished tile by tile, so that its fp32 sum is never larger than a tile's columns."""
         if self.labels.numel() == 0:
             return
-        plan = self.plan
-        memory = torch.empty(plan.rows * plan.cols, dtype=self.arithmetic, device=self.hidden.device)
-        for cols in plan.col_slices():
-            weight = gemm.operand(self.weight[cols])
-            for rows in plan.row_slices():
-                hidden = self.hidden_rows(rows)
-                n, v = hidden.shape[0], weight.shape[0]
-                out = memory[: n * v].view(n, v)
-                tile = gemm.logits_tile(gemm.operand(hidden), weight, out, self.hidden.dtype)
-                yield rows, cols, hidden, tile, state[:, rows], self.transform.tile(rows, cols, self.arithmetic)
+        for cols in self.plan.col_slices():
+            weight = self.weight[cols]
+            weight_operand = gemm.operand(weight, "weight", self.scratch)
+            for rows in self.plan.row_slices():
+                hidden = self.hidden[rows] if self.kept is None else self.hidden[self.kept[rows]]
+                hidden_operand = gemm.operand(hidden, "hidden", self.scratch)
+                out = self.scratch("tile", (hidden.shape[0], weight.shape[0]), self.arithmetic)
+                yield _Tile(
+                    rows,
+                    cols,
+                    gemm.logits_tile(hidden_operand, weight_operand, out, hidden.dtype),
+                    {hidden.dtype: hidden, hidden_operand.dtype: hidden_operand},
+                    {weight.dtype: weight, weight_operand.dtype: weight_operand},
+                    state[:, rows],
+                    self.transform.tile(rows, cols, self.arithmetic),
+                )
 
     def scatter(self, values: Tensor, n: int) -> Tensor:
         """Values of the kept rows back among all `n` rows, 0 elsewhere."""
@@ -173,7 +187,7 @@ class _Problem:
         return per_row.contiguous() if self.kept is None else per_row[self.kept]
 
 
-def _rows_of(transform, kept: Tensor):
+def _rows_of(transform: Transform, kept: Tensor) -> Transform:
     row_temperature, keep_mask = transform.row_temperature, transform.keep_mask
     if row_temperature is not None:
         row_temperature = row_temperature[kept]
@@ -187,13 +201,13 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
     # One column per row of the call, although only the kept rows' are used: a size that does not depend on the labels.
     state = new_state(labels.numel(), p.level, hidden)
     state[:, p.labels.numel() :] = 0
-    for rows, cols, _, tile, row_state, transform in p.tiles(state):
+    for tile in p.tiles(state):
         tiles.fold_(
-            tile,
-            p.labels[rows],
-            cols.start,
-            row_state,
-            transform,
+            tile.logits,
+            p.labels[tile.rows],
+            tile.cols.start,
+            tile.state,
+            tile.transform,
             level=p.level,
             ignore_index=p.ignore_index,
             backend=p.backend,
@@ -219,45 +233,40 @@ def _backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *re
     g_logp, g_ent = p.gather(grad_logps), p.gather(grad_entropy)
     n, d = p.labels.numel(), hidden.shape[1]
     products = -(-p.plan.v // p.plan.cols)
-    grad_hidden = (
-        hidden.new_zeros((n, d), dtype=gemm.accumulator_dtype(hidden.dtype, products)) if need_hidden else None
-    )
-    grad_weight = torch.zeros_like(p.weight) if need_weight and n == 0 else None
-    if need_weight and n:
-        grad_weight = torch.empty_like(p.weight, memory_format=torch.contiguous_format)
-    grad_bias = torch.zeros(weight.shape[0], dtype=p.arithmetic, device=weight.device) if need_bias else None
-    one_product = p.plan.one_row_tile
-    weight_sum = None
-    for rows, cols, hidden_rows, tile, row_state, transform in p.tiles(state):
-        out = gemm.gradient_tile(tile, hidden.dtype, p.backend)
+    grad_hidden = grad_weight = grad_bias = None
+    if need_hidden:
+        grad_hidden = hidden.new_zeros((n, d), dtype=gemm.accumulator_dtype(hidden.dtype, products))
+    if need_weight:
+        grad_weight = (torch.empty if n else torch.zeros)(weight.shape, dtype=weight.dtype, device=weight.device)
+    if need_bias:
+        grad_bias = torch.zeros(weight.shape[0], dtype=p.arithmetic, device=weight.device)
+    for tile in p.tiles(state):
+        rows, cols = tile.rows, tile.cols
+        gradient = gemm.gradient_tile(tile.logits, hidden.dtype)
         tiles.grad_(
-            tile,
+            tile.logits,
             p.labels[rows],
             cols.start,
-            row_state,
+            tile.state,
             None if g_logp is None else g_logp[rows],
             None if g_ent is None else g_ent[rows],
-            transform,
+            tile.transform,
             ignore_index=p.ignore_index,
-            out=out,
+            out=gradient,
             backend=p.backend,
         )
         if need_hidden:
-            weight_cols = weight[cols] if out.dtype == weight.dtype else gemm.operand(weight[cols])
-            gemm.add_product(grad_hidden[rows], out, weight_cols, first=cols.start == 0)
+            right = tile.weight[gradient.dtype]
+            gemm.add_product(grad_hidden[rows], gradient, right, cols.start == 0, p.scratch)
         if need_weight:
-            if out.dtype != hidden_rows.dtype:
-                hidden_rows = gemm.operand(hidden_rows)
-            if one_product and out.dtype == weight.dtype:
-                torch.mm(out.t(), hidden_rows, out=grad_weight[cols])
-            else:
-                if rows.start == 0:
-                    weight_sum = torch.empty((cols.stop - cols.start, d), dtype=p.arithmetic, device=weight.device)
-                gemm.add_product(weight_sum, out.t(), hidden_rows, first=rows.start == 0)
-                if rows.stop == n:
-                    grad_weight[cols] = weight_sum
+            right = tile.hidden[gradient.dtype]
+            whole = p.plan.one_row_tile and gradient.dtype == weight.dtype
+            total = grad_weight[cols] if whole else p.scratch("dW", (cols.stop - cols.start, d), p.arithmetic)
+            gemm.add_product(total, gradient.t(), right, rows.start == 0, p.scratch)
+            if not whole and rows.stop == n:
+                grad_weight[cols] = total
         if need_bias:
-            grad_bias[cols] += out.sum(0, dtype=p.arithmetic)
+            grad_bias[cols] += gradient.sum(0, dtype=p.arithmetic)
     empty = hidden.new_empty(0)
     return (
         p.scatter(grad_hidden.to(hidden.dtype), labels.numel()) if need_hidden else empty,
