@@ -182,7 +182,7 @@ def training_step(rounds: int) -> list[dict]:
     labels[:, :64] = -100  # the prompt
     shifted = labels[:, 1:]
     ref = torch.zeros(4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step(logps: torch.Tensor):
         sums = logps.view(8, -1).sum(-1)
@@ -193,10 +193,9 @@ def training_step(rounds: int) -> list[dict]:
         return loss.detach()
 
     def fused():
-        hidden = backbone_hidden_states(model, ids, mask)[:, :-1]
-        stats = linear_token_stats(
-            hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted.reshape(-1), bias=head.bias
-        )
+        hidden = backbone_hidden_states(model, ids, mask)[0][:, :-1]
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        stats = linear_token_stats(hidden, head.weight, shifted.reshape(-1), **head.options)
         return step(stats.logps)
 
     def eager():

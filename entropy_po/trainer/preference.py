@@ -1,0 +1,365 @@
+"""Offline preference training (H-DPO, DPO, SPL, QEMPO, QEMPO-KL) on transformers.Trainer."""
+
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from entropy_po.heads import backbone_hidden_states, check_head, head_of
+from entropy_po.ops.linear_token_stats import linear_token_stats
+from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
+from entropy_po.trainer.config import EntropyPOConfig
+from entropy_po.trainer.data import IGNORE_INDEX, PairCollator, PairDataset, load_rows, tokenize_pairs
+from entropy_po.trainer.reference_cache import attach_reference
+
+# Sums over pairs (first) and over tokens, kept on the device between two rows of metrics.
+_PER_PAIR = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+_PER_PAIR += ("logps/chosen", "logps/rejected", "length/chosen", "length/rejected")
+_SUMS = (*_PER_PAIR, "pairs", "entropy", "answer_tokens", "tokens")
+
+
+class PreferenceTrainer(Trainer):
+    """Trains a causal language model on pairs, without ever holding the logits.
+
+    The loss is the mean over the pairs of a whole optimiser step, whatever the split into devices, accumulation and
+    batches, of
+
+        pair_loss(a * (logps_w - logps_l) - b * (ref_w - ref_l)) + nll_coef * -logps_w / length_w
+
+    with (a, b) from `args.entropy_objective`, plus the router loss of a mixture of experts whose configuration asks
+    for `output_router_logits`. Reference log-probs, where b > 0, are computed here once, from the model as it is given
+    (under PEFT: without its adapter).
+
+    Args:
+        model: causal language model, or a name for `entropy_po.models.load_model`.
+        args: the arguments.
+        train_dataset, eval_dataset: anything `load_rows` takes, or a PairDataset; eval_dataset also a dict of them.
+        processing_class: tokenizer; default the one that belongs to the model's name.
+        peft_config: a peft configuration; default a LoraConfig from `args.lora_*` if `args.lora_r` is set.
+        kwargs: for transformers.Trainer: callbacks, optimizers and so on.
+    Raises:
+        ValueError: data or a model that cannot be trained on; the message names what and where.
+    Example:
+        >>> args = EntropyPOConfig(output_dir="out", method="hdpo", alpha=0.8)         # doctest: +SKIP
+        >>> PreferenceTrainer("smollm2-135m", args, "pairs.jsonl").train()             # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: EntropyPOConfig,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *,
+        peft_config=None,
+        **kwargs,
+    ):
+        if isinstance(model, str | os.PathLike):
+            from entropy_po.models import load_model
+
+            model = load_model(model, dtype=torch.float32)
+        if processing_class is None:
+            from entropy_po.models import load_tokenizer
+
+            processing_class = load_tokenizer(model.config._name_or_path)
+        self.objective = args.entropy_objective
+        model = _prepare_model(model, args, peft_config)
+        # Ids only: the model reads no padding, so any id serves.
+        pad = next((i for i in (processing_class.pad_token_id, processing_class.eos_token_id) if i is not None), 0)
+        with _rank_0_first(args):
+            prepared = {"train": self._tokenized(train_dataset, "train", processing_class, args)}
+            several = isinstance(eval_dataset, dict) and "chosen" not in eval_dataset
+            for name, data in (eval_dataset if several else {"eval": eval_dataset}).items():
+                prepared[f"eval:{name}"] = self._tokenized(data, name, processing_class, args)
+        evals = {name.removeprefix("eval:"): data for name, data in prepared.items() if name != "train"}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(pad),
+            train_dataset=prepared["train"],
+            eval_dataset=evals if several else evals["eval"],
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError("several GPUs in one process are not supported; start the same command with torchrun.")
+        # `compute_loss` divides by the pairs of the whole step itself, so the Trainer must not divide again.
+        self.loss_is_scaled_for_ga, self.model_accepts_loss_kwargs = True, False
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(QuietProgress)
+        self.pop_callback(PrinterCallback)
+        self.add_callback(MetricsFile)
+        self._sums: dict[str, Tensor] = {}
+        self._window_start = time.perf_counter()
+        if args.check_head:
+            check_head(self.model)
+        if self.objective.needs_reference:
+            self.train_dataset = self._with_reference(self.train_dataset)
+            if several:
+                self.eval_dataset = {name: self._with_reference(data) for name, data in self.eval_dataset.items()}
+            else:
+                self.eval_dataset = self._with_reference(self.eval_dataset)
+
+    # ---- data ----
+
+    @staticmethod
+    def _tokenized(source, split: str, tokenizer, args: EntropyPOConfig) -> PairDataset | None:
+        if source is None or isinstance(source, PairDataset):
+            return source
+        dataset = tokenize_pairs(
+            load_rows(source, split),
+            tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            truncation_mode=args.truncation_mode,
+            on_overlong=args.on_overlong,
+            progress=not args.disable_tqdm and args.process_index == 0,
+        )
+        if dataset.num_dropped and args.process_index == 0:
+            print(f"{split}: dropped {dataset.num_dropped} pairs longer than max_length={args.max_length}", file=sys.stderr)
+        return dataset
+
+    def _with_reference(self, dataset: PairDataset | None) -> PairDataset | None:
+        if dataset is None or all(pair.ref_logps is not None for pair in dataset.pairs):
+            return dataset
+        return attach_reference(
+            dataset,
+            self.model,
+            lambda model, batch: self._answer_stats(model, batch, entropy=False)[0],
+            folder=Path(self.args.ref_cache_dir or Path(self.args.output_dir) / "reference_logps"),
+            batch_size=2 * self.args.per_device_eval_batch_size,
+            pad_token_id=self.data_collator.pad_token_id,
+            accelerator=self.accelerator,
+            settings={"temperature": self.args.temperature, "precision": str(self.accelerator.mixed_precision)},
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+
+    # ---- loss ----
+
+    def _answer_stats(self, model: nn.Module, batch: dict[str, Tensor], entropy: bool = True):
+        """Per sequence [2B], fp32: summed log-prob, answer length, summed entropy (no gradient); and the router loss."""
+        # Position t predicts label t + 1. Only the answers' positions go on to the head.
+        labels = batch["labels"][:, 1:]
+        sequence, position = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+        with self.accelerator.autocast():
+            hidden, aux_loss = backbone_hidden_states(model, batch["input_ids"], batch["attention_mask"])
+            head = head_of(model)
+            hidden = hidden[sequence, position].to(head.weight.dtype)
+            stats = linear_token_stats(
+                hidden,
+                head.weight,
+                labels[sequence, position],
+                outputs=("logps", "entropy") if entropy else ("logps",),
+                temperature=self.args.temperature,
+                workspace_bytes=self.args.workspace_bytes,
+                **head.options,
+            )
+        zeros = stats.logps.new_zeros(len(labels))
+        logps = zeros.index_add(0, sequence, stats.logps)
+        lengths = zeros.index_add(0, sequence, torch.ones_like(stats.logps))
+        entropies = zeros.index_add(0, sequence, stats.entropy.detach()) if entropy else None
+        return logps, lengths, entropies, aux_loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum of the losses of this batch's pairs over the pairs of the whole step; their mean where it is unknown."""
+        logps, lengths, entropies, aux_loss = self._answer_stats(model, inputs)
+        chosen, rejected = logps[0::2], logps[1::2]
+        ref = inputs["ref_logps"].unbind(1) if self.objective.needs_reference else (None, None)
+        margins = self.objective.margin(chosen, rejected, *ref)
+        losses = self.objective.pair_loss(margins, self.args.loss, self.args.label_smoothing)
+        if self.args.nll_coef:
+            losses = losses - self.args.nll_coef * chosen / lengths[0::2].clamp_min(1)
+        if aux_loss is not None:
+            coefficient = self.accelerator.unwrap_model(model).config.get_text_config().router_aux_loss_coef
+            losses = losses + coefficient * aux_loss.to(losses.device)
+        self._accumulate(model.training, inputs, ref, logps, lengths, entropies, margins, losses)
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:
+            # Data parallelism averages gradients over ranks, and the count is that of all ranks.
+            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        return (loss, {"margins": margins.detach()}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Pairs in the whole optimiser step, over accumulation and ranks."""
+        if not batch_samples:
+            return None
+        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
+        return self.accelerator.reduce(pairs, reduction="sum") if self.args.world_size > 1 else pairs
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of one evaluation batch; the metrics gather on the side."""
+        inputs = self._prepare_inputs(inputs)
+        if self.objective.needs_reference and "ref_logps" not in inputs:
+            raise ValueError("eval_dataset: it has no reference log-probs; give it to PreferenceTrainer(eval_dataset=...).")
+        with torch.no_grad():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # ---- metrics ----
+
+    @torch.no_grad()
+    def _accumulate(self, training, inputs, ref, logps, lengths, entropies, margins, losses) -> None:
+        """Add this batch to the sums, on the device: reading them every step would wait for it."""
+        rewards = [self.objective.implicit_reward(logps[i::2], ref[i]) for i in (0, 1)]
+        sides = (*rewards, margins, (margins > 0).float(), logps[0::2], logps[1::2], lengths[0::2], lengths[1::2])
+        totals = [losses.sum(), *(values.sum() for values in sides), torch.ones_like(losses).sum()]
+        totals += [entropies.sum(), lengths.sum(), inputs["attention_mask"].sum()]
+        totals = torch.stack([total.float() for total in totals])
+        key = "train" if training else "eval"
+        self._sums[key] = self._sums[key] + totals if key in self._sums else totals
+
+    def _drain(self, key: str) -> dict[str, float]:
+        """Means since the last call, over all ranks; the one place that waits for the device."""
+        sums = self._sums.pop(key, None)
+        if sums is None:
+            return {}
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        values = dict(zip(_SUMS, sums.tolist(), strict=True))
+        metrics = {name: values[name] / values["pairs"] for name in _PER_PAIR}
+        metrics["entropy"] = values["entropy"] / max(values["answer_tokens"], 1)
+        metrics["tokens"] = values["tokens"]
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means of the pairs since the last row to the Trainer's own."""
+        if "loss" in logs:
+            metrics = self._drain("train")
+            metrics.pop("loss", None)  # the Trainer's own is the mean over steps
+            now = time.perf_counter()
+            metrics["tokens_per_second"] = metrics.pop("tokens", 0) / max(now - self._window_start, 1e-9)
+            self._window_start = now
+            logs = {**logs, **metrics, "peak_memory_mib": peak_memory_mib()}
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The Trainer's loop, with our metrics under its prefix, and its time kept out of the training speed."""
+        start = time.perf_counter()
+        self._sums.pop("eval", None)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._drain("eval")
+        metrics.pop("tokens", None)
+        output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self._window_start += time.perf_counter() - start
+        return output
+
+    # ---- resume ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As transformers.Trainer.train, and a checkpoint that was not written to its end is never resumed from.
+
+        Raises:
+            ValueError: the checkpoint is incomplete, or True was given and there is no complete one.
+        """
+        if isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
+        elif resume_from_checkpoint is not None and (missing := _checkpoint_fault(Path(resume_from_checkpoint))):
+            raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete ({missing}); use another one.")
+        if self.train_dataset is None:
+            raise ValueError("train_dataset must be given to train; this trainer was made to evaluate.")
+        self._sums.clear()
+        self._window_start = time.perf_counter()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def last_checkpoint(output_dir: str | Path) -> str:
+    """The newest complete checkpoint; one sentence of warning for newer ones that are not.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda p: -int(p.name.split("-")[-1])):
+        fault = _checkpoint_fault(folder)
+        if fault is None:
+            return str(folder)
+        warnings.warn(f"{folder} is incomplete ({fault}) and is not resumed from.", stacklevel=2)
+    raise ValueError(f"resume_from_checkpoint: {output_dir} has no complete checkpoint; start without it.")
+
+
+def _checkpoint_fault(folder: Path) -> str | None:
+    """What is missing from a checkpoint folder, or None. The Trainer writes trainer_state.json last."""
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        return "no such folder"
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except FileNotFoundError:
+        return "trainer_state.json is missing"
+    except ValueError:
+        return "trainer_state.json is cut off"
+    weights = [p for p in folder.iterdir() if p.name.startswith(("model", "adapter_model", "pytorch_model"))]
+    if not weights:
+        return "its weights are missing"
+    for index in folder.glob("*.safetensors.index.json"):
+        for name in set(json.loads(index.read_text())["weight_map"].values()):
+            if not (folder / name).exists():
+                return f"{name} is missing"
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{path.name} is cut off"
+    return None
+
+
+def _prepare_model(model: nn.Module, args: EntropyPOConfig, peft_config) -> nn.Module:
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    is_peft = hasattr(model, "disable_adapter")
+    if peft_config is None and args.lora_r is not None and not is_peft:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha or 2 * args.lora_r,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules or "all-linear",
+            task_type="CAUSAL_LM",
+        )
+    if peft_config is None:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("model: no parameter requires a gradient; unfreeze some, or set lora_r for an adapter.")
+        return model
+    if is_peft:
+        raise ValueError("peft_config: the model carries an adapter already; merge it first, or leave peft_config out.")
+    from peft import get_peft_model
+
+    try:
+        model = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules: {str(error).splitlines()[0]}") from error
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()  # a frozen embedding would cut the checkpointed layers off the graph
+    return model
+
+
+def _rank_0_first(args: EntropyPOConfig):
+    """Rank 0 reads and tokenises before the others, so that a dataset is downloaded once."""
+    return args.main_process_first(local=True, desc="preference data")
+
+
+def peak_memory_mib() -> float:
+    """Highest memory so far in MiB: of the CUDA allocator, or the resident set of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,182 @@
+"""grad: d loss / d tile from the finished row state, in one read and one write, normally in place.
+
+One program owns one row. The output may be the tile, another tensor, or a bf16 overlay in the memory of an fp32 tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entropy_po.kernels.config import (
+    LaunchConfig,
+    check_last_dim_contiguous,
+    launch_config,
+    on_device,
+    rows_aligned,
+    transform_arguments,
+)
+from entropy_po.kernels.row_math import at_label, divide, floored, row_scales, transformed
+from entropy_po.types import Transform
+
+
+@triton.jit
+def _grad_block(u, k, m, s, mean_d, g_logp, g_ent, chain, col, lanes, index, WANT_ENTROPY: tl.constexpr):
+    """dz * chain of the columns col + lanes; `index` is the label's column."""
+    raw = tl.fma(u, k, -m)
+    d = floored(raw)
+    inv_s = divide(1.0, s)
+    logp_scale = -g_logp * inv_s * chain
+    if WANT_ENTROPY:
+        entropy_scale = -g_ent * inv_s * chain
+        dz = tl.exp(d) * (logp_scale + entropy_scale * (d - mean_d))
+    else:
+        dz = tl.exp(d) * logp_scale
+    if (index >= col) & (index < col + lanes.shape[0]):
+        is_label = col + lanes == index
+        label_d = tl.sum(tl.where(is_label, raw, 0.0), axis=0)
+        dz = tl.where(is_label, at_label(label_d, s, mean_d, g_logp, g_ent) * chain, dz)
+    return dz
+
+
+# See fold.py: no value of a size, stride or offset compiles anew.
+_RUNTIME = ["n_cols", "tile_stride", "out_stride", "state_stride", "keep_stride", "vocab_start", "ignore_index"]
+_ANY_ALIGNMENT = ["tile_ptr", "out_ptr", "labels_ptr", "state_ptr", "g_logp_ptr", "g_ent_ptr"]
+_ANY_ALIGNMENT += ["keep_ptr", "row_temperature_ptr"]
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def _grad_kernel(
+    tile_ptr,  # [n_rows, n_cols], any row stride
+    out_ptr,  # [n_rows, n_cols], may share the tile's memory
+    labels_ptr,  # [n_rows] int64
+    state_ptr,  # [3 or more, n_rows]: m, s, t
+    g_logp_ptr,  # [n_rows] or None
+    g_ent_ptr,  # [n_rows] or None: no entropy gradient, and no work for one
+    bias_ptr,  # [n_cols] or None
+    keep_ptr,  # [n_rows, n_cols] bytes or None
+    row_temperature_ptr,  # [n_rows] or None
+    n_cols,
+    tile_stride,
+    out_stride,
+    state_stride,
+    keep_stride,
+    vocab_start,
+    ignore_index,
+    k,
+    before_tanh,
+    slope_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    KEEP_STRIDE_V: tl.constexpr,
+    NARROWS: tl.constexpr,  # the output's elements are narrower than the tile's
+    ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    WANT_ENTROPY: tl.constexpr = g_ent_ptr is not None
+    dtype: tl.constexpr = state_ptr.dtype.element_ty
+    out_dtype: tl.constexpr = out_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)  # before the first multiply: rows * stride passes 2^31
+    x_ptr = tile_ptr + row * tile_stride
+    out_ptr += row * out_stride
+    if keep_ptr is not None:
+        keep_ptr += row * keep_stride
+    if ALIGNED:
+        x_ptr = tl.multiple_of(x_ptr, 16)
+        out_ptr = tl.multiple_of(out_ptr, 16)
+        if keep_ptr is not None:
+            keep_ptr = tl.multiple_of(keep_ptr, 16)
+    lanes = tl.arange(0, BLOCK_V)
+    whole = n_cols // BLOCK_V * BLOCK_V
+
+    label = tl.load(labels_ptr + row)
+    g_logp = tl.full((), 0.0, dtype)
+    g_ent = tl.full((), 0.0, dtype)
+    if g_logp_ptr is not None:
+        g_logp = tl.load(g_logp_ptr + row)
+    if WANT_ENTROPY:
+        g_ent = tl.load(g_ent_ptr + row)
+    step = tl.full((), state_stride, tl.int64)
+    state_ptr += row
+    m = tl.load(state_ptr)
+    s = tl.load(state_ptr + step)
+    # An ignored row, a row nobody differentiates (0 * NaN must stay 0) and a row without a live entry have no gradient.
+    if (label == ignore_index) | ((g_logp == 0.0) & (g_ent == 0.0)) | (s == 0.0):
+        zeros = tl.zeros((BLOCK_V,), out_dtype)
+        for col in range(0, whole, BLOCK_V):
+            tl.store(out_ptr + col + lanes, zeros)
+        tl.store(out_ptr + whole + lanes, zeros, mask=whole + lanes < n_cols)
+        return
+
+    mean_d = tl.full((), 0.0, dtype)
+    if WANT_ENTROPY:
+        mean_d = divide(tl.load(state_ptr + 2 * step), s)
+    index = label - vocab_start
+    k, slope_scale = row_scales(k, slope_scale, row_temperature_ptr, row, dtype)
+    chain = slope_scale if HAS_SOFTCAP else k  # dz/dx, but for tanh's slope
+
+    # Each block is read, then written. Whole blocks go without a mask, as in fold.
+    for col in tl.range(0, whole, BLOCK_V, num_stages=NUM_STAGES):
+        offs_v = col + lanes
+        u, slope = transformed(x_ptr, offs_v, None, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
+        dz = _grad_block(u, k, m, s, mean_d, g_logp, g_ent, chain, col, lanes, index, WANT_ENTROPY)
+        if NARROWS:
+            # A narrow row overlays the front of its wide one: this block lands on columns, of itself and of blocks before,
+            # that a slower warp may still have to read. It never reaches a later block.
+            tl.debug_barrier()
+        tl.store(out_ptr + offs_v, (dz * slope).to(out_dtype))
+    if whole < n_cols:
+        offs_v = whole + lanes
+        mask_v = offs_v < n_cols
+        u, slope = transformed(
+            x_ptr, offs_v, mask_v, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
+        )
+        dz = _grad_block(u, k, m, s, mean_d, g_logp, g_ent, chain, whole, lanes, index, WANT_ENTROPY)
+        if NARROWS:
+            tl.debug_barrier()
+        tl.store(out_ptr + offs_v, (dz * slope).to(out_dtype), mask=mask_v)
+
+
+def grad_(
+    tile: Tensor,  # [n, v], overwritten if it is `out`
+    labels: Tensor,  # [n] int64
+    vocab_start: int,
+    state: Tensor,  # [5 or 8, n], complete
+    g_logp: Tensor | None,  # [n] in the state's dtype
+    g_ent: Tensor | None,
+    transform: Transform,  # of this tile
+    *,
+    ignore_index: int = -100,
+    out: Tensor | None = None,  # [n, v]: the tile, its bf16 overlay, or another tensor
+    config: LaunchConfig | None = None,  # None: by width and dtype
+) -> None:
+    """Write d loss / d tile; see `entropy_po.tiles.grad_`."""
+    out = tile if out is None else out
+    check_last_dim_contiguous("tile", tile)
+    check_last_dim_contiguous("out", out)
+    if tile.numel() == 0:
+        return
+    config = config or launch_config(tile.shape[1], tile.dtype)
+    arguments = transform_arguments(tile, transform)
+    with on_device(tile):
+        _grad_kernel[(tile.shape[0],)](
+            tile_ptr=tile,
+            out_ptr=out,
+            labels_ptr=labels.contiguous(),
+            state_ptr=state,
+            g_logp_ptr=None if g_logp is None else g_logp.contiguous(),
+            g_ent_ptr=None if g_ent is None else g_ent.contiguous(),
+            n_cols=tile.shape[1],
+            tile_stride=tile.stride(0),
+            out_stride=out.stride(0),
+            state_stride=state.stride(0),
+            vocab_start=vocab_start,
+            ignore_index=ignore_index,
+            NARROWS=out.itemsize < tile.itemsize,
+            ALIGNED=rows_aligned(tile, out, arguments["keep_ptr"]),
+            BLOCK_V=config.block_v,
+            NUM_STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            **arguments,
+        )

@@ -1,0 +1,151 @@
+"""Row mathematics of a vocabulary tile for the Triton kernels: csrc/tile.h with the same names in the same order.
+
+Derivation and the meaning of m, s, t, q, c, live, u, k, d: README.md in this folder. Everything is done in the dtype of the
+arguments: fp32, or fp64 for an fp64 tile.
+"""
+
+import triton
+import triton.language as tl
+
+from entropy_po.types import Level
+
+LEVEL_ENTROPY = tl.constexpr(int(Level.ENTROPY))
+LEVEL_EXTRAS = tl.constexpr(int(Level.EXTRAS))
+MINUS_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def divide(a, b):
+    """a / b correctly rounded: plain fp32 division is an approximation on GPUs, and k multiplies every logit."""
+    if b.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def floored(d):
+    """d, but no lower than where exp is an exact 0 anyway: -inf becomes finite, so that 0 * d is 0; a NaN stays a NaN."""
+    return tl.maximum(d, -1.0e4, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def exp_parts(d):
+    """(scale, tail) with exp(d) = scale * (1 + tail), for d <= 0 or just above; exp(d) - 1 from them keeps its digits.
+
+    Only where exp - 1 is wanted: exp itself is left to the hardware. Below the normal range scale is 0.
+    """
+    if d.dtype == tl.float64:
+        d = tl.maximum(d, -709.2, propagate_nan=tl.PropagateNan.ALL)
+        shifted = d * 1.44269504088896340736 + 6755399441055744.0  # 1.5 * 2^52 rounds to an integer in the low bits
+        n = shifted - 6755399441055744.0
+        scale = ((shifted.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
+        r = (d - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10
+        p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0  # Taylor: the next term is 4e-18 on |r| <= ln2 / 2
+        p = p * r + 1.0 / 39916800.0
+        p = p * r + 1.0 / 3628800.0
+        p = p * r + 1.0 / 362880.0
+        p = p * r + 1.0 / 40320.0
+        p = p * r + 1.0 / 5040.0
+        p = p * r + 1.0 / 720.0
+        p = p * r + 1.0 / 120.0
+        p = p * r + 1.0 / 24.0
+        p = p * r + 1.0 / 6.0
+    else:
+        d = tl.maximum(d, -88.2, propagate_nan=tl.PropagateNan.ALL)
+        shifted = d * 1.44269504088896341 + 12582912.0  # 1.5 * 2^23
+        n = shifted - 12582912.0
+        scale = ((shifted.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
+        r = (d - n * 0.693359375) - n * -2.12194440e-4
+        p = r * 0.0013926250394433737 + 0.0083632329478860  # Chebyshev nodes: relative error of exp 1.1e-8
+        p = p * r + 0.04166655242443085
+        p = p * r + 0.16666576266288757
+    return scale, r + r * r * (p * r + 0.5)
+
+
+@triton.jit
+def tanh_and_slope(v):
+    """tanh(v) and its derivative from expm1(-2|v|): no cancellation near 0, and a derivative that is not 1 - tanh^2."""
+    scale, tail = exp_parts(-2.0 * tl.abs(v))
+    em1 = scale * tail + (scale - 1.0)
+    inverse = 1.0 / (em1 + 2.0)
+    magnitude = -em1 * inverse
+    return tl.where(v < 0.0, -magnitude, magnitude), 4.0 * (em1 + 1.0) * inverse * inverse
+
+
+@triton.jit
+def rescale(m, s, t, q, c, live, new_m, LEVEL: tl.constexpr):
+    """Make `new_m` the reference maximum. After this every sum is relative to it. m = -inf: nothing is summed yet."""
+    if new_m > m:
+        delta = tl.where(m == MINUS_INF, 0.0, m - new_m)
+        shrink = tl.exp(delta)
+        if LEVEL >= LEVEL_ENTROPY:
+            t = (t + s * delta) * shrink
+        s = s * shrink
+        if LEVEL >= LEVEL_EXTRAS:
+            q = q * (shrink * shrink)
+            c = c + live * delta
+        m = new_m
+    return m, s, t, q, c
+
+
+@triton.jit
+def at_label(d, s, mean_d, g_logp, g_entropy):
+    """d loss / d z at the label, d = z_label - m.
+
+    1 - p = -expm1(log p) keeps its digits when p rounds to 1; written without the logarithm, which GPUs approximate worst
+    near 1, it is (s - exp(d)) / s.
+    """
+    scale, tail = exp_parts(d)
+    em1 = scale * tail + (scale - 1.0)
+    one_minus_p = divide((s - 1.0) - em1, s)
+    p = divide(em1 + 1.0, s)
+    return tl.where(d == MINUS_INF, 0.0, g_logp * one_minus_p - g_entropy * p * (d - mean_d))
+
+
+# The logit transform of one row, z = k * u with k > 0: `transformed` makes u, and the kernels form z - m as fma(u, k, -m).
+#   without a softcap: u = x + bias,                              k = logit_scale / temperature
+#   with one:          u = tanh((x + bias) * logit_scale / cap),  k = cap / temperature
+@triton.jit
+def row_scales(k, slope_scale, row_temperature_ptr, row, dtype: tl.constexpr):
+    """k and logit_scale / temperature of this row; a scalar temperature has been divided by on the host."""
+    k = tl.full((), k, dtype)
+    slope_scale = tl.full((), slope_scale, dtype)
+    if row_temperature_ptr is not None:
+        temperature = tl.load(row_temperature_ptr + row)
+        k = divide(k, temperature)
+        slope_scale = divide(slope_scale, temperature)
+    return k, slope_scale
+
+
+@triton.jit
+def transformed(
+    x_ptr,  # the row's column 0
+    offs_v,
+    mask_v,  # None: every column is there
+    bias_ptr,
+    keep_ptr,  # the row's column 0
+    before_tanh,
+    HAS_SOFTCAP: tl.constexpr,
+    KEEP_STRIDE_V: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """u at the columns `offs_v`, and tanh's slope there (1 without a softcap). A masked lane reads -inf: it counts as 0.
+
+    A logit of -inf stays -inf under a softcap: it means "not in the vocabulary", not "minus the cap".
+    """
+    if mask_v is None:
+        x = tl.load(x_ptr + offs_v).to(dtype)
+    else:
+        x = tl.load(x_ptr + offs_v, mask=mask_v, other=float("-inf")).to(dtype)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + offs_v) if mask_v is None else tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)
+    if keep_ptr is not None:
+        offs_keep = offs_v * KEEP_STRIDE_V
+        keep = tl.load(keep_ptr + offs_keep) if mask_v is None else tl.load(keep_ptr + offs_keep, mask=mask_v, other=0)
+        x = tl.where(keep != 0, x, MINUS_INF)
+    slope = 1.0
+    if HAS_SOFTCAP:
+        y, slope = tanh_and_slope(x * tl.full((), before_tanh, dtype))
+        x = tl.where(x == MINUS_INF, MINUS_INF, y)
+    return x, slope
