@@ -61,7 +61,9 @@ def head_of(model: nn.Module) -> Head:
     """
     module, config = _head_module(model), _text_config(model)
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        module = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
+        module = (
+            module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
+        )
     if hasattr(module, "base_layer"):
         raise ValueError(
             f"model: its output head carries an adapter ({type(module).__name__}), and the loss is computed from the "

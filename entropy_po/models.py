@@ -180,9 +180,12 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     with _progress_bars(False):
-        # Clean-up of spaces is for WordPiece; transformers before 5.23 warns about it at every decode otherwise.
-        AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False).save_pretrained(folder)
         unpacked = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpacked, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        # transformers 5.17 takes the start token for the end token, and warns about its own clean-up at every decode.
+        tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+        tokenizer.clean_up_tokenization_spaces = False
+        tokenizer.save_pretrained(folder)
         model.config._name_or_path = SMOLLM2  # not this machine's path to the package
         model.save_pretrained(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -15,26 +15,28 @@ from entropy_po.types import Transform
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How many columns of its row a program holds at a time, and on how many warps."""
+    """How a program walks its row."""
 
-    block_v: int
+    block_v: int  # columns at a time; a power of two
     num_warps: int
+    num_stages: int  # blocks on their way, the current one included
 
     def __post_init__(self) -> None:
         if self.block_v < 1 or self.block_v & (self.block_v - 1):
             raise ValueError(f"block_v={self.block_v} must be a power of two.")
 
 
-# Widest block by bytes per logit: at 32 columns a warp-step this is two or four 16-byte loads in flight per thread, and the
-# accumulators of every level stay in registers (tests/test_kernels_triton.py compiles them all and counts spills).
-WIDEST_BLOCK = {2: 8192, 4: 4096, 8: 1024}
-COLUMNS_PER_WARP = {2: 512, 4: 512, 8: 128}
+# By bytes per logit: 8 KiB of a row per block, 16 columns per thread (8 in fp64), four stages, so that 24 KiB are in flight
+# while a block is summed. With a bias and a keep mask beside it a program then needs under 96 KiB of shared memory, which
+# every GPU since 2020 has, and even the fullest accumulators stay in registers (tests/test_kernels_triton.py counts spills).
+WIDEST = {2: LaunchConfig(4096, 8, 4), 4: LaunchConfig(2048, 4, 4), 8: LaunchConfig(1024, 4, 4)}
 
 
 def launch_config(n_cols: int, dtype: torch.dtype) -> LaunchConfig:
-    """The block for a tile of this width: one block where the row fits in one, else the widest."""
-    block_v = min(triton.next_power_of_2(n_cols), WIDEST_BLOCK[dtype.itemsize])
-    return LaunchConfig(block_v, num_warps=max(1, block_v // COLUMNS_PER_WARP[dtype.itemsize]))
+    """The launch for a tile of this width: the widest block, or one that just holds a narrower row."""
+    widest = WIDEST[dtype.itemsize]
+    block_v = min(triton.next_power_of_2(n_cols), widest.block_v)
+    return replace(widest, block_v=block_v, num_warps=max(1, widest.num_warps * block_v // widest.block_v))
 
 
 def transform_arguments(tile: Tensor, transform: Transform) -> dict[str, object]:
@@ -72,7 +74,9 @@ def rows_aligned(*tensors: Tensor | None) -> bool:
 
 def check_last_dim_contiguous(name: str, tensor: Tensor) -> None:
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-        raise ValueError(f"{name} has strides {tensor.stride()}; its last dimension must be contiguous: {name}.contiguous().")
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}; its last dimension must be contiguous: {name}.contiguous()."
+        )
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:

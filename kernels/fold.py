@@ -116,9 +116,7 @@ def _fold_kernel(
     # an arbitrary width would cut 16-byte loads into single elements.
     whole = n_cols // BLOCK_V * BLOCK_V
     for col in tl.range(0, whole, BLOCK_V, num_stages=NUM_STAGES):
-        u, _ = transformed(
-            x_ptr, col + lanes, None, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
-        )
+        u, _ = transformed(x_ptr, col + lanes, None, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
         m, s, t, q, c, live = _fold_block(u, k, m, s, t, q, c, live, LEVEL)
     if whole < n_cols:
         offs_v = whole + lanes

@@ -5,7 +5,8 @@
 writes `pairs.jsonl` (from `train_tasks`) and `pairs_heldout.jsonl` (from `heldout_tasks`), one conversational pair a
 line with the quality of both answers. On one machine, with the same versions of torch and transformers, a second run
 gives the same bytes, and `--limit` the first lines of the same files: batches never depend on the limit, each has its
-own seed, and two threads are used wherever it runs. Elsewhere rounding differs, and so do the answers.
+own seed, and two threads are used wherever it runs. Elsewhere rounding differs, and so do the answers. On two busy cores
+the run took 8 minutes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from entropy_po.demo.tasks import Task, heldout_tasks, quality, train_tasks
+from entropy_po import token_stats
 from entropy_po.models import SMOLLM2, load_model, load_tokenizer
 
 ANSWERS_PER_TASK = 6
@@ -34,11 +36,20 @@ SEED = 0
 
 
 class Answer(NamedTuple):
-    """One sampled answer; `finished` is False where it was cut at `MAX_NEW_TOKENS`."""
+    """One sampled answer; `finished` is False where it was cut at `MAX_NEW_TOKENS`.
+
+    `entropy` is the sum, over the tokens drawn (the end-of-sequence token with them), of the entropy in nats of the
+    model's distribution at temperature 1, whatever the temperature of the draw.
+    """
 
     text: str
     num_tokens: int
     finished: bool
+    entropy: float = 0.0
+
+    @property
+    def num_draws(self) -> int:
+        return self.num_tokens + self.finished
 
 
 @torch.inference_mode()
@@ -64,12 +75,14 @@ def sample_answers(
     )
     rows = torch.arange(len(logits))  # of `tokens`: the answers still growing
     tokens = torch.full((len(logits), MAX_NEW_TOKENS), tokenizer.eos_token_id)
+    entropy = torch.zeros(len(logits))
     for column in range(MAX_NEW_TOKENS):
         # Inverse of the distribution function: torch.multinomial draws one number per entry of the vocabulary.
         cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
         threshold = torch.rand(len(tokens), 1, generator=generator)[rows] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, threshold).clamp(max=logits.shape[-1] - 1)
         tokens[rows, column] = token[:, 0]
+        entropy[rows] += token_stats(logits, token[:, 0], outputs=("entropy",)).entropy
         alive = (token[:, 0] != tokenizer.eos_token_id).nonzero()[:, 0]
         if len(alive) == 0 or column + 1 == MAX_NEW_TOKENS:
             break
@@ -82,7 +95,10 @@ def sample_answers(
         logits = step.logits[:, -1]
     lengths = (tokens != tokenizer.eos_token_id).sum(dim=1).tolist()
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    answers = [Answer(text.strip(), n, n < MAX_NEW_TOKENS) for text, n in zip(texts, lengths, strict=True)]
+    answers = [
+        Answer(text.strip(), n, n < MAX_NEW_TOKENS, nats)
+        for text, n, nats in zip(texts, lengths, entropy.tolist(), strict=True)
+    ]
     return [answers[i : i + ANSWERS_PER_TASK] for i in range(0, len(answers), ANSWERS_PER_TASK)]
 
 

@@ -64,14 +64,18 @@ class EntropyPOConfig(TrainingArguments):
     lora_r: int | None = _arg(None, "Rank of a LoRA adapter; None trains the whole model.")
     lora_alpha: float | None = _arg(None, "LoRA scaling; default 2 * lora_r.")
     lora_dropout: float = _arg(0.0, "Dropout on the adapter's input.")
-    lora_target_modules: list[str] | None = _arg(None, "Modules to adapt; default every linear layer but the head.")
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt; default every linear layer but the head."}
+    )
 
     learning_rate: float | None = _arg(None, "Peak learning rate; default 1e-6, with lora_r 2e-5.")
     per_device_train_batch_size: int = _arg(4, "Pairs per device and forward.")
     per_device_eval_batch_size: int = _arg(4, "Pairs per device in evaluation and in the reference pass.")
     logging_steps: float = _arg(10, "Steps between two rows of metrics.")
     bf16: bool | None = _arg(None, "Mixed precision in bf16; default: yes on an accelerator that has it, no on a CPU.")
-    report_to: None | str | list[str] = _arg(None, "Loggers; default tensorboard where it is installed.")
+    report_to: str | list[str] | None = field(
+        default=None, metadata={"help": "Loggers; default tensorboard where it is installed."}
+    )
     remove_unused_columns: bool = _arg(False, "Unused: the trainer makes its own batches.")
 
     def __post_init__(self):

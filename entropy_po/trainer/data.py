@@ -79,7 +79,9 @@ def _open_source(source: str | Path, split: str):
     path = Path(source).expanduser()
     if path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".ndjson")):
         if not path.is_file():
-            raise FileNotFoundError(f"{source}: no such file; give a .jsonl file, a datasets folder or a dataset's name.")
+            raise FileNotFoundError(
+                f"{source}: no such file; give a .jsonl file, a datasets folder or a dataset's name."
+            )
         return _read_jsonl(path)
     import datasets
 
@@ -105,7 +107,9 @@ def _read_jsonl(path: Path) -> list[dict]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from error
+                    raise ValueError(
+                        f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})."
+                    ) from error
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}.")
                 rows.append(row)
@@ -173,7 +177,9 @@ def _token_ids(row: dict, tokenizer) -> tuple[int, list[int], list[int]]:
     """(prompt tokens, ids of prompt + chosen, ids of prompt + rejected) of one row."""
     for name in ("chosen", "rejected"):
         if not row.get(name):
-            state = f"is {row[name]!r}" if name in row else f"is missing (columns: {', '.join(map(str, row)) or 'none'})"
+            state = (
+                f"is {row[name]!r}" if name in row else f"is missing (columns: {', '.join(map(str, row)) or 'none'})"
+            )
             raise ValueError(f"{name} {state}; a pair needs an answer in both chosen and rejected.")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list):
@@ -197,7 +203,9 @@ def _token_ids(row: dict, tokenizer) -> tuple[int, list[int], list[int]]:
     if answers[0] == answers[1]:
         raise ValueError("chosen and rejected are equal once tokenised; a pair needs two different answers.")
     if length >= min(map(len, answers)):
-        raise ValueError("an answer has no tokens of its own; both chosen and rejected must add something to the prompt.")
+        raise ValueError(
+            "an answer has no tokens of its own; both chosen and rejected must add something to the prompt."
+        )
     return length, *answers
 
 
@@ -217,7 +225,9 @@ def _split_messages(prompt, chosen, rejected) -> tuple[list, list, list]:
     if answers[0] == answers[1]:
         return [], *answers
     if shared == 0:
-        raise ValueError("chosen and rejected share no first message, and there is no prompt; add the prompt to the row.")
+        raise ValueError(
+            "chosen and rejected share no first message, and there is no prompt; add the prompt to the row."
+        )
     return answers[0][:shared], answers[0][shared:], answers[1][shared:]
 
 

@@ -1,21 +1,19 @@
 """Offline preference training (H-DPO, DPO, SPL, QEMPO, QEMPO-KL) on transformers.Trainer."""
 
-import json
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from entropy_po.heads import backbone_hidden_states, check_head, head_of
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
+from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint
 from entropy_po.trainer.config import EntropyPOConfig
 from entropy_po.trainer.data import IGNORE_INDEX, PairCollator, PairDataset, load_rows, tokenize_pairs
 from entropy_po.trainer.reference_cache import attach_reference
@@ -125,7 +123,10 @@ class PreferenceTrainer(Trainer):
             progress=not args.disable_tqdm and args.process_index == 0,
         )
         if dataset.num_dropped and args.process_index == 0:
-            print(f"{split}: dropped {dataset.num_dropped} pairs longer than max_length={args.max_length}", file=sys.stderr)
+            print(
+                f"{split}: dropped {dataset.num_dropped} pairs longer than max_length={args.max_length}",
+                file=sys.stderr,
+            )
         return dataset
 
     def _with_reference(self, dataset: PairDataset | None) -> PairDataset | None:
@@ -200,7 +201,9 @@ class PreferenceTrainer(Trainer):
         """Loss of one evaluation batch; the metrics gather on the side."""
         inputs = self._prepare_inputs(inputs)
         if self.objective.needs_reference and "ref_logps" not in inputs:
-            raise ValueError("eval_dataset: it has no reference log-probs; give it to PreferenceTrainer(eval_dataset=...).")
+            raise ValueError(
+                "eval_dataset: it has no reference log-probs; give it to PreferenceTrainer(eval_dataset=...)."
+            )
         with torch.no_grad():
             return self.compute_loss(model, inputs).detach(), None, None
 
@@ -263,56 +266,15 @@ class PreferenceTrainer(Trainer):
         """
         if isinstance(resume_from_checkpoint, bool):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
-        elif resume_from_checkpoint is not None and (missing := _checkpoint_fault(Path(resume_from_checkpoint))):
-            raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete ({missing}); use another one.")
+        elif resume_from_checkpoint is not None and (missing := checkpoint_fault(Path(resume_from_checkpoint))):
+            raise ValueError(
+                f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete ({missing}); use another one."
+            )
         if self.train_dataset is None:
             raise ValueError("train_dataset must be given to train; this trainer was made to evaluate.")
         self._sums.clear()
         self._window_start = time.perf_counter()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-
-def last_checkpoint(output_dir: str | Path) -> str:
-    """The newest complete checkpoint; one sentence of warning for newer ones that are not.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda p: -int(p.name.split("-")[-1])):
-        fault = _checkpoint_fault(folder)
-        if fault is None:
-            return str(folder)
-        warnings.warn(f"{folder} is incomplete ({fault}) and is not resumed from.", stacklevel=2)
-    raise ValueError(f"resume_from_checkpoint: {output_dir} has no complete checkpoint; start without it.")
-
-
-def _checkpoint_fault(folder: Path) -> str | None:
-    """What is missing from a checkpoint folder, or None. The Trainer writes trainer_state.json last."""
-    from safetensors import SafetensorError, safe_open
-
-    if not folder.is_dir():
-        return "no such folder"
-    try:
-        json.loads((folder / "trainer_state.json").read_text())
-    except FileNotFoundError:
-        return "trainer_state.json is missing"
-    except ValueError:
-        return "trainer_state.json is cut off"
-    weights = [p for p in folder.iterdir() if p.name.startswith(("model", "adapter_model", "pytorch_model"))]
-    if not weights:
-        return "its weights are missing"
-    for index in folder.glob("*.safetensors.index.json"):
-        for name in set(json.loads(index.read_text())["weight_map"].values()):
-            if not (folder / name).exists():
-                return f"{name} is missing"
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError):
-            return f"{path.name} is cut off"
-    return None
 
 
 def _prepare_model(model: nn.Module, args: EntropyPOConfig, peft_config) -> nn.Module:

@@ -96,7 +96,9 @@ def _load(path: Path, fingerprint: str, num_pairs: int) -> Tensor | None:
         warnings.warn(f"{path} is damaged ({error}); computing the reference log-probs again.", stacklevel=2)
         return None
     if metadata.get("fingerprint") != fingerprint or logps.shape != (num_pairs, 2):
-        warnings.warn(f"{path} belongs to another model or data; computing the reference log-probs again.", stacklevel=2)
+        warnings.warn(
+            f"{path} belongs to another model or data; computing the reference log-probs again.", stacklevel=2
+        )
         return None
     return logps
 
@@ -116,7 +118,9 @@ def _fingerprint(model: nn.Module, dataset: PairDataset, settings: dict) -> str:
     head = head_of(model)
     transform = {"softcap": head.softcap, "logit_scale": head.logit_scale, **settings}
     digest.update(json.dumps(transform, sort_keys=True, default=str).encode())
-    adapters = getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "disable_adapter") else None
+    adapters = (
+        getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "disable_adapter") else None
+    )
     for name, weight in model.named_parameters():
         if adapters is not None and (adapters in name or ".modules_to_save." in name):
             continue

@@ -1,0 +1,174 @@
+"""The command `entropy-po`: train, evaluate, doctor, demo.
+
+Each subcommand is imported when it is called. An error the user can act on is one line on stderr and exit status 2;
+`--traceback`, or ENTROPY_PO_TRACEBACK=1, shows where it came from.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+COMMANDS = {
+    "demo": ("entropy_po.demo.run", "the whole method on a small model, in minutes"),
+    "train": ("entropy_po.cli", "offline preference training: H-DPO, DPO, SPL, QEMPO, QEMPO-KL"),
+    "evaluate": ("entropy_po.evaluation.cli", "quality, diversity and length of a model's answers"),
+    "doctor": ("entropy_po.doctor", "what this installation can do, and what it lacks"),
+}
+USAGE = "usage: entropy-po COMMAND [options]\n\n" + "\n".join(
+    f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()
+)
+USAGE += "\n\nentropy-po COMMAND --help tells the options; --traceback, anywhere, shows where an error came from."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; None for those of the process.
+    Returns:
+        Exit status: 0, 2 for a user's error, 130 for an interrupt, or what the command returned.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in argv or os.environ.get("ENTROPY_PO_TRACEBACK", "0") not in ("", "0")
+    argv = [arg for arg in argv if arg != "--traceback"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if argv[0] == "--version":
+        from entropy_po import __version__
+
+        print(f"entropy_po {__version__}")
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(COMMANDS)}."
+        print(f"entropy-po: no command {command!r}; {hint}", file=sys.stderr)
+        return 2
+    try:
+        run = train if command == "train" else importlib.import_module(COMMANDS[command][0]).main
+        return run(rest) or 0
+    except KeyboardInterrupt:
+        print("entropy-po: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        if traceback:
+            raise
+        print(f"entropy-po {command}: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@dataclass
+class TrainSources:
+    """What `entropy-po train` trains on; everything else is an argument of EntropyPOConfig."""
+
+    model: str = field(metadata={"help": "smollm2-135m, a hub id or a model folder."})
+    train_data: str = field(metadata={"help": "A .jsonl or .jsonl.gz file, a datasets folder or a dataset's name."})
+    eval_data: str | None = field(default=None, metadata={"help": "The same, for evaluation."})
+    train_split: str = field(default="train", metadata={"help": "Split of train_data, where it has several."})
+    eval_split: str = field(default="test", metadata={"help": "Split of eval_data, where it has several."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Type of the weights; small updates are lost in bfloat16 without LoRA."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
+
+
+def train(argv: list[str]) -> int:
+    """`entropy-po train [config.yaml] [--flags]`: flags win over the file. Leaves the model in output_dir."""
+    sources, args = _parse_train(argv)
+    from transformers.utils import logging
+
+    # The Trainer logs its own bookkeeping at warning level; none of it is a user's to act on.
+    logging.set_verbosity_error()
+    args.log_level = args.log_level if args.log_level != "passive" else "error"
+
+    from entropy_po.models import load_model, load_tokenizer
+    from entropy_po.trainer.data import load_rows
+    from entropy_po.trainer.preference import PreferenceTrainer
+
+    # Data first: a typing error in a path should not wait for a model.
+    train_rows = load_rows(sources.train_data, sources.train_split)
+    eval_rows = load_rows(sources.eval_data, sources.eval_split) if sources.eval_data else None
+    options = {"attn_implementation": sources.attn_implementation} if sources.attn_implementation else {}
+    model = load_model(sources.model, dtype=sources.dtype, **options)
+    tokenizer = load_tokenizer(sources.model)
+    if not args.process_index:
+        a, b = args.entropy_objective.policy_coef, args.entropy_objective.ref_coef
+        print(f"{sources.model}: {len(train_rows)} pairs, method {args.method} (a={a:g} on log pi, b={b:g} on log ref)")
+    trainer = PreferenceTrainer(model, args, train_rows, eval_rows, tokenizer)
+    result = trainer.train(_resume(args.resume_from_checkpoint))
+    trainer.save_model()
+    metrics = result.metrics
+    if eval_rows is not None:
+        metrics = {**metrics, **trainer.evaluate()}
+    if trainer.is_world_process_zero():
+        shown = {"loss": "train_loss", "eval loss": "eval_loss", "eval accuracy": "eval_rewards/accuracies"}
+        numbers = ", ".join(f"{label} {metrics[name]:.4f}" for label, name in shown.items() if name in metrics)
+        print(f"{trainer.state.global_step} steps, {numbers}; model and metrics.jsonl in {args.output_dir}")
+    return 0
+
+
+def _parse_train(argv: list[str]):
+    from transformers import HfArgumentParser
+
+    from entropy_po.trainer.config import EntropyPOConfig
+
+    parser = HfArgumentParser(
+        (TrainSources, EntropyPOConfig),
+        prog="entropy-po train",
+        usage="entropy-po train [config.yaml] --model NAME --train_data FILE --output_dir FOLDER [--method hdpo ...]",
+    )
+
+    def error(message: str):
+        # argparse would print the usage of some 150 arguments before it.
+        raise ValueError(message)
+
+    parser.error = error
+    if argv and not argv[0].startswith("-"):
+        config, *argv = argv
+        _defaults_from_yaml(parser, config)
+    try:
+        return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    except SystemExit as stop:  # --help
+        raise SystemExit(stop.code) from None
+
+
+def _defaults_from_yaml(parser, config: str) -> None:
+    import yaml
+
+    if not Path(config).is_file():
+        raise FileNotFoundError(f"{config}: no such file; give a YAML file, or options that start with --.")
+    try:
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config}: not YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{config}: expected lines of `name: value`, got {type(values).__name__}")
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in values.items():
+        if name not in actions:
+            near = difflib.get_close_matches(str(name), actions, n=1)
+            raise ValueError(f"{config}: no option {name!r}" + (f"; did you mean {near[0]}?" if near else "."))
+        action = actions[name]
+        action.required = False
+        # YAML reads 1e-6 as text, and argparse converts only text: hand each scalar over as the flag would.
+        convert = action.type if action.type is not None and isinstance(value, str | int | float) else None
+        try:
+            action.default = convert(str(value)) if convert else value
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{config}: {name}={value!r} is no {getattr(action.type, '__name__', 'value')}") from error
+
+
+def _resume(value: str | None) -> str | bool | None:
+    return value.lower() in ("true", "1") if value and value.lower() in ("true", "false", "0", "1") else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

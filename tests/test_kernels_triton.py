@@ -1,0 +1,751 @@
+"""The Triton kernels against the fp64 specification, and compiled ahead of time for four GPUs.
+
+Without a GPU the kernels run in Triton's interpreter, which must be asked for before Triton is first imported. With one
+they run as they are, by the same tests.
+"""
+
+import importlib.machinery
+import importlib.util
+import inspect
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILES = __name__ == "__main__"  # run as a script, this file is the compiler of `compiled` below
+INTERPRETED = not COMPILES and not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED or COMPILES else "cuda"
+
+if importlib.util.find_spec("entropy_po.kernels") is None:
+    # setuptools' finder of editable installs misses a package without __init__.py inside one that has it; wheels do not.
+    module = importlib.util.module_from_spec(
+        importlib.machinery.ModuleSpec("entropy_po.kernels", None, is_package=True)
+    )
+    module.__path__ = [str(ROOT / "kernels")]
+    sys.modules[module.__name__] = module
+
+with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if INTERPRETED else {}):
+    import triton
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.jit import JITFunction
+
+    from entropy_po import reference, tiles
+    from entropy_po.kernels import fold, grad, launch
+    from entropy_po.kernels.launch import LaunchConfig
+    from entropy_po.types import STATE_ROWS, Level, Transform, new_state, state_dtype, stats_from_state
+
+# Something in this process imported Triton to compile with it: then the whole file runs in a process of its own.
+TOO_LATE = INTERPRETED and (isinstance(tl.sum, JITFunction) or isinstance(fold._fold_kernel, JITFunction))
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+STATS = ("logps", "entropy", "lse", "is_top1", "mean_logit", "log_sum_sq_probs")
+SMALL = LaunchConfig(block_v=128, num_warps=1, num_stages=1)
+V = 331  # two whole blocks of SMALL and one of 75
+VOCAB_START = 1000
+KINDS = ("fresh", "peaked", "wide", "equal", "holes", "offset")
+ROWS_EACH = 4
+
+
+@pytest.fixture(autouse=True)
+def gpu_arithmetic(request, monkeypatch):
+    """The interpreter rounds twice in an fma and truncates to bf16; GPUs round once, and to nearest."""
+    if TOO_LATE and request.function.__name__ != "test_in_a_process_of_its_own":
+        pytest.skip("Triton was imported to compile; test_in_a_process_of_its_own runs this test")
+    if not INTERPRETED:
+        return
+    convert = interpreter._convert_float
+
+    def rounded(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+
+    def fma(self, x, y, z):
+        wide = "float64" if x.data.dtype == "float32" else "longdouble"
+        exact = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
+        return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+
+
+@pytest.mark.skipif(not TOO_LATE, reason="this process interprets Triton itself")
+def test_in_a_process_of_its_own(request):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "--deselect",
+        request.node.nodeid,
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:]
+
+
+@pytest.fixture
+def gen():
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed = {seed}")  # shown by pytest when the test fails
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(gen, *shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype).to(DEVICE)
+
+
+def make_logits(gen, dtype, v=V, kinds=KINDS):
+    """[ROWS_EACH * len(kinds), v] logits, and labels of which half are the row's largest entry."""
+    n = ROWS_EACH
+    z = {kind: torch.randn(n, v, generator=gen, dtype=torch.float64) for kind in kinds}
+    if "fresh" in z:
+        z["fresh"] *= 0.02  # an untrained head
+    if "peaked" in z:
+        z["peaked"][torch.arange(n), torch.randint(v, (n,), generator=gen)] += 17.0  # p(label) > 0.999
+    if "wide" in z:
+        z["wide"] *= 4.0
+    if "equal" in z:
+        z["equal"] = torch.full((n, v), 1.5, dtype=torch.float64)
+    if "holes" in z:
+        z["holes"][:, : v // 2] = -torch.inf  # the whole first block, and more
+        z["holes"][:, v - 1 :] = -torch.inf
+    if "offset" in z:
+        z["offset"] -= 1e4
+    tile = torch.cat([z[kind] for kind in kinds]).to(dtype)
+    labels = tile.double().argmax(-1)
+    labels[1::2] = torch.randint(v // 2, v - 1, labels[1::2].shape, generator=gen) if v > 3 else labels[1::2]
+    return tile.to(DEVICE), (labels + VOCAB_START).to(DEVICE)
+
+
+def make_transform(gen, name, n, dtype, v=V):
+    """One of the transforms, its vectors already rounded to the dtype of the arithmetic."""
+    acc = state_dtype(dtype)
+    bias, row_temperature = randn(gen, v, dtype=acc), (0.5 + torch.rand(n, generator=gen)).to(DEVICE, acc)
+    keep_mask = (torch.rand(n, v, generator=gen) < 0.6).to(DEVICE)
+    keep_mask[:, v // 2 :: 2] = True
+    return {
+        "plain": Transform(),
+        "scaled": Transform(logit_scale=1.3, temperature=0.7),
+        "softcap": Transform(softcap=6.0),
+        "bias": Transform(bias=bias),
+        "row_temperature": Transform(row_temperature=row_temperature),
+        "keep_mask": Transform(keep_mask=keep_mask),
+        "everything": Transform(
+            logit_scale=0.8, softcap=9.0, row_temperature=row_temperature, bias=bias, keep_mask=keep_mask
+        ),
+    }[name]
+
+
+def in_dtype(transform, dtype):
+    return transform.tile(slice(None), slice(None), dtype)
+
+
+def folded(tile, labels, transform, level=Level.EXTRAS, config=SMALL, vocab_start=VOCAB_START, state=None):
+    state = new_state(tile.shape[0], level, tile) if state is None else state
+    launch.fold_(tile, labels, vocab_start, state, transform, level=level, config=config)
+    return state
+
+
+def gradient(tile, labels, state, g_logp, g_ent, transform, out=None, config=SMALL, vocab_start=VOCAB_START):
+    out = torch.full_like(tile, torch.nan) if out is None else out
+    launch.grad_(tile, labels, vocab_start, state, g_logp, g_ent, transform, out=out, config=config)
+    return out
+
+
+def truth_of(tile, labels, transform, g_logp, g_ent, dtype=torch.float64):
+    """TokenStats and the gradient by autograd through `reference.token_stats`, everything done in `dtype`."""
+    x = tile.to(dtype).requires_grad_()
+    acc = state_dtype(dtype)
+    stats = reference.token_stats(x, labels - VOCAB_START, in_dtype(transform, acc))
+    wanted = [(y, g) for y, g in ((stats.logps, g_logp), (stats.entropy, g_ent)) if g is not None]
+    (grad_x,) = torch.autograd.grad([y for y, _ in wanted], x, [g.to(acc) for _, g in wanted])
+    return stats, grad_x
+
+
+def assert_within_twice_torch(ours, torch_same_dtype, truth, tiny, what):
+    """Norm of our error over the rows of one kind, at most twice torch's, plus `tiny`. Infinities and NaN must agree."""
+    ours, torch_same_dtype = ours.double(), torch_same_dtype.double()
+    finite = truth.isfinite()
+    assert torch.equal(torch.where(finite, 0, ours), torch.where(finite, 0, truth)), f"{what}: inf or NaN misplaced"
+    error = torch.where(finite, ours - truth, 0).norm()
+    budget = 2 * torch.where(finite, torch_same_dtype - truth, 0).nan_to_num().norm() + tiny
+    assert error <= budget, f"{what}: error {error:.3g}, budget {budget:.3g}"
+
+
+def by_kind(kinds=KINDS):
+    return ((kind, slice(i * ROWS_EACH, (i + 1) * ROWS_EACH)) for i, kind in enumerate(kinds))
+
+
+def assert_stats(ours, torch_same_dtype, truth, eps):
+    for name in STATS:
+        for kind, rows in by_kind():
+            a, b, c = (getattr(stats, name)[rows] for stats in (ours, torch_same_dtype, truth))
+            if name == "is_top1":
+                assert torch.equal(a, c), f"{name} of the {kind} rows"
+            else:
+                tiny = 4 * eps * c.nan_to_num(0, 0, 0).abs().clamp_min(1).norm()
+                assert_within_twice_torch(a, b, c, tiny, f"{name} of the {kind} rows")
+
+
+def assert_gradient(ours, torch_same_dtype, truth, p_max, upstream, eps):
+    """`tiny` allows that s is stored in one number: it knows p to one unit in the last place of 1, no better."""
+    for kind, rows in by_kind():
+        tiny = 4 * eps * truth[rows].norm() + 4 * eps * (p_max * upstream)[rows].norm()
+        assert_within_twice_torch(ours[rows], torch_same_dtype[rows], truth[rows], tiny, f"gradient of the {kind} rows")
+
+
+TRANSFORMS = ("plain", "scaled", "softcap", "bias", "row_temperature", "keep_mask", "everything")
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_and_gradients(gen, dtype, name):
+    acc = state_dtype(dtype)
+    eps = torch.finfo(acc).eps
+    tile, labels = make_logits(gen, dtype)
+    n = tile.shape[0]
+    transform = make_transform(gen, name, n, dtype)
+    if transform.keep_mask is not None:
+        transform.keep_mask[torch.arange(n), labels - VOCAB_START] = True
+    before = tile.clone()
+    state = folded(tile, labels, transform)
+    assert torch.equal(tile, before)
+    g_logp, g_ent = randn(gen, n, dtype=acc), randn(gen, n, dtype=acc)
+    for upstream in ((g_logp, None), (None, g_ent), (g_logp, g_ent)):
+        same, same_grad = truth_of(tile, labels, transform, *upstream, dtype=dtype)
+        truth, truth_grad = truth_of(tile, labels, transform, *upstream)
+        ours = gradient(tile, labels, state, *upstream, transform)
+        z = reference.transformed(tile.double(), in_dtype(transform, torch.float64))
+        size = sum(g.double().abs() for g in upstream if g is not None)
+        assert_gradient(ours, same_grad, truth_grad, z.softmax(-1).amax(-1), size, eps)
+    assert_stats(stats_from_state(state, STATS), same, truth, eps)
+    gradient(tile, labels, state, g_logp, g_ent, transform, out=tile)
+    assert torch.equal(tile, ours), "in place differs from out of place"
+
+
+def test_mutants_exceed_the_budget(gen):
+    tile, labels = make_logits(gen, torch.float32)
+    n = tile.shape[0]
+    g_logp, g_ent = randn(gen, n, dtype=torch.float32), randn(gen, n, dtype=torch.float32)
+    same, same_grad = truth_of(tile, labels, Transform(), g_logp, g_ent, torch.float32)
+    truth, truth_grad = truth_of(tile, labels, Transform(), g_logp, g_ent)
+    eps, p_max = torch.finfo(torch.float32).eps, tile.double().softmax(-1).amax(-1)
+    upstream = g_logp.double().abs() + g_ent.double().abs()
+    state = folded(tile, labels, Transform())
+    ours = gradient(tile, labels, state, g_logp, g_ent, Transform())
+    at_label = torch.arange(n), labels - VOCAB_START
+    dropped, swapped = ours.clone(), ours.clone()
+    dropped[at_label] -= g_logp  # the one-hot term forgotten
+    swapped[3] = ours[2]
+    unnormalised = gradient(tile, labels, state, g_logp, g_ent, Transform(temperature=1.001))
+    for mutant in (ours * 1.0001, dropped, swapped, unnormalised):
+        with pytest.raises(AssertionError, match="gradient of the"):
+            assert_gradient(mutant, same_grad, truth_grad, p_max, upstream, eps)
+    padded = torch.cat([tile, torch.zeros_like(tile[:, :5])], 1)  # columns beyond the vocabulary counted as exp(0)
+    with pytest.raises(AssertionError, match="of the"):
+        assert_stats(stats_from_state(folded(padded, labels, Transform()), STATS), same, truth, eps)
+
+
+@pytest.mark.parametrize("level", [Level.LOGPS, Level.ENTROPY])
+def test_lower_levels_are_the_same_numbers(gen, level):
+    tile, labels = make_logits(gen, torch.float32)
+    full, state = folded(tile, labels, Transform()), folded(tile, labels, Transform(), level)
+    assert state.shape[0] == STATE_ROWS[level]
+    rows = [0, 1, 3, 4] if level is Level.LOGPS else [0, 1, 2, 3, 4]
+    assert torch.equal(state[rows], full[rows])
+    if level is Level.LOGPS:
+        assert not state[2].any(), "t was computed though nobody asked for entropy"
+
+
+@pytest.mark.parametrize("v", [1, 2, 31, 127, 128, 129, 255, 256, 257])  # around one and two blocks of SMALL
+def test_every_tail(gen, v):
+    tile, labels = make_logits(gen, torch.float32, v, kinds=("wide", "equal"))
+    g = randn(gen, tile.shape[0], dtype=torch.float32)
+    truth, truth_grad = truth_of(tile, labels, Transform(), g, g)
+    state = folded(tile, labels, Transform())
+    stats = stats_from_state(state, STATS)
+    torch.testing.assert_close(stats.logps.double(), truth.logps, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.entropy.double(), truth.entropy, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        gradient(tile, labels, state, g, g, Transform()).double(), truth_grad, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_default_launch_equals_small_blocks(gen):
+    tile, labels = make_logits(gen, torch.bfloat16, 5000, kinds=("wide",))  # one whole default block and a tail
+    g = randn(gen, tile.shape[0], dtype=torch.float32)
+    by_default, by_small = folded(tile, labels, Transform(), config=None), folded(tile, labels, Transform())
+    torch.testing.assert_close(by_default, by_small, rtol=1e-5, atol=1e-5)
+    ours = gradient(tile, labels, by_small, g, g, Transform(), config=None)
+    assert torch.equal(ours, gradient(tile, labels, by_small, g, g, Transform()))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_split_tiles_equal_the_whole(gen, order):
+    tile, labels = make_logits(gen, torch.float32)
+    n = tile.shape[0]
+    transform = make_transform(gen, "everything", n, torch.float32)
+    g_logp, g_ent = randn(gen, n, dtype=torch.float32), randn(gen, n, dtype=torch.float32)
+    whole = folded(tile, labels, transform)
+    parts = [slice(0, 140), slice(140, 141), slice(141, V)]
+    state, pieces = new_state(n, Level.EXTRAS, tile), torch.full_like(tile, torch.nan)
+    part_transform = {cols.start: transform.tile(slice(None), cols, torch.float32) for cols in parts}
+    for cols in (parts[i] for i in order):
+        folded(tile[:, cols], labels, part_transform[cols.start], vocab_start=VOCAB_START + cols.start, state=state)
+    for stats in ("logps", "entropy", "lse", "log_sum_sq_probs", "mean_logit"):
+        a, b = (getattr(stats_from_state(s, STATS), stats) for s in (state, whole))
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    assert torch.equal(stats_from_state(state, STATS).is_top1, stats_from_state(whole, STATS).is_top1)
+    for cols in parts:
+        start = VOCAB_START + cols.start
+        args = (tile[:, cols], labels, whole, g_logp, g_ent, part_transform[cols.start], pieces[:, cols])
+        gradient(*args, vocab_start=start)
+    assert torch.equal(pieces, gradient(tile, labels, whole, g_logp, g_ent, transform))
+
+
+def relative_error_at_an_offset(gen, temperature):
+    """The largest of the errors in entropy, logp and gradient when all logits are near 1e4.
+
+    The logits are on a grid that fp32 still has at 1e4, so that the offset costs nothing before the kernel sees them.
+    """
+    z, labels = (randn(gen, 8, V) * 3 * 256).round() / 256, torch.arange(8, device=DEVICE) * 41 + VOCAB_START
+    transform = Transform(temperature=temperature)
+    g = randn(gen, 8, dtype=torch.float32)
+    truth, truth_grad = truth_of(z, labels, transform, g, g)
+    tile = (z + 1e4).float()
+    state = folded(tile, labels, transform)
+    stats = stats_from_state(state, STATS)
+    pairs = (stats.entropy, truth.entropy), (stats.logps, truth.logps)
+    pairs += ((gradient(tile, labels, state, g, g, transform), truth_grad),)
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.9])
+def test_a_common_offset_is_no_error(gen, temperature):
+    assert relative_error_at_an_offset(gen, temperature) < 2e-6
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU's fma cannot be taken apart")
+def test_a_common_offset_needs_the_fma(gen, monkeypatch):
+    def rounded_twice(self, x, y, z):
+        return interpreter.TensorHandle(x.data * y.data + z.data, z.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", rounded_twice)
+    assert relative_error_at_an_offset(gen, 0.7) > 2e-5
+
+
+def test_softcap_keeps_digits_near_zero_and_at_saturation(gen):
+    x = torch.cat([torch.logspace(-9, 2, 200, dtype=torch.float64), -torch.logspace(-9, 2, 200, dtype=torch.float64)])
+    tile = (x / x.abs().max() * 90).float()[None].repeat(4, 1).to(DEVICE)
+    labels, g = torch.tensor([0, 100, 199, 300], device=DEVICE) + VOCAB_START, randn(gen, 4, dtype=torch.float32)
+    transform = Transform(softcap=5.0)
+    _, truth = truth_of(tile, labels, transform, g, g)
+    ours = gradient(tile, labels, folded(tile, labels, transform), g, g, transform).double()
+    worst = ((ours - truth).abs() / truth.abs()).nan_to_num(0).max()  # the slope falls to 4e-31: each entry by itself
+    assert worst < 2e-5
+
+
+def masked_rows(gen):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
+    tile = tile.repeat(2, 1)
+    labels = labels.repeat(2)
+    tile[0] = -torch.inf  # nothing is live
+    tile[1, :200] = -torch.inf  # a whole block and more
+    tile[1, 250], labels[1] = 3.0, 250 + VOCAB_START
+    tile[2, 7] = -torch.inf  # a label that is not live
+    labels[2] = 7 + VOCAB_START
+    tile[3, 5] = torch.nan
+    tile[4, 300] = torch.inf
+    return tile, labels
+
+
+def test_minus_inf_is_exactly_nothing_and_nan_spreads(gen):
+    tile, labels = masked_rows(gen)
+    n = tile.shape[0]
+    g_logp, g_ent = randn(gen, n, dtype=torch.float32), randn(gen, n, dtype=torch.float32)
+    state = folded(tile, labels, Transform())
+    m, s, t, label_d, _, q, c, live = state
+    assert m[0] == -torch.inf and not any(x[0] for x in (s, t, q, c, live))
+    assert label_d[2] == -torch.inf
+    assert live[1] == V - 200
+    assert s[3:5].isnan().all() and t[3:5].isnan().all()
+    ours = gradient(tile, labels, state, g_logp, g_ent, Transform())
+    assert not ours[0].any()
+    assert not ours[tile == -torch.inf].any()
+    assert ours[3:5].isnan().all()
+    truth_state, truth = new_state(n, Level.EXTRAS, tile.double()), torch.empty_like(tile, dtype=torch.float64)
+    rest = labels, VOCAB_START, truth_state
+    options = {"ignore_index": -100}
+    reference.fold_(tile.double(), *rest, Transform(), level=Level.EXTRAS, **options)
+    reference.grad_(tile.double(), *rest, g_logp.double(), g_ent.double(), Transform(), out=truth, **options)
+    torch.testing.assert_close(ours[1:3].double(), truth[1:3], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours[5:].double(), truth[5:], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_what_the_mask_removes_may_be_nan(gen, softcap):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
+    keep = torch.ones(tile.shape, dtype=torch.bool, device=DEVICE)
+    keep[:, 10:20] = False
+    labels[:] = 30 + VOCAB_START
+    transform = Transform(softcap=softcap, keep_mask=keep)
+    g = randn(gen, tile.shape[0], dtype=torch.float32)
+    clean_state = folded(tile, labels, transform)
+    clean = gradient(tile, labels, clean_state, g, g, transform)
+    tile[:, 10:20] = torch.nan
+    state = folded(tile, labels, transform)
+    assert torch.equal(state, clean_state)
+    assert torch.equal(gradient(tile, labels, state, g, g, transform), clean)
+
+
+def test_ignored_and_undifferentiated_rows(gen):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
+    n = tile.shape[0]
+    labels[0] = -100
+    tile[1] = torch.nan
+    before = new_state(n, Level.EXTRAS, tile)
+    before[:, 0] = 7.0
+    state = folded(tile, labels, Transform(), state=before.clone())
+    assert torch.equal(state[:, 0], before[:, 0]), "an ignored row was folded"
+    g_logp, g_ent = randn(gen, n, dtype=torch.float32), randn(gen, n, dtype=torch.float32)
+    g_logp[1] = g_ent[1] = 0
+    g_logp[0] = g_ent[0] = torch.nan
+    ours = gradient(tile, labels, state, g_logp, g_ent, Transform())
+    assert torch.equal(ours[:2], torch.zeros_like(ours[:2]))
+    assert ours[2:].isfinite().all() and ours[2:].any(1).all()
+    g_logp[2] = 0
+    assert not gradient(tile, labels, state, g_logp, None, Transform())[2].any()
+    assert not gradient(tile, labels, state, None, None, Transform()).any()
+
+
+def test_any_ignore_index(gen):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
+    labels[1] = 3
+    state = new_state(tile.shape[0], Level.ENTROPY, tile)
+    launch.fold_(tile, labels, 0, state, Transform(), level=Level.ENTROPY, ignore_index=3, config=SMALL)
+    assert state[1, 1] == 0 and (state[1, [0, 2, 3]] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_is_touched_outside(gen, dtype):
+    """Labels anywhere, a row stride wider than the row, and guards of NaN around everything."""
+    n, stride = 6, V + 13
+    frame = torch.full((n * stride + 64,), torch.nan, dtype=dtype, device=DEVICE)
+    tile = frame[32:].as_strided((n, V), (stride, 1), 37)  # not 16-byte aligned either
+    tile.copy_(randn(gen, n, V))
+    state_frame = torch.full((8 + 2, n + 9), torch.nan, device=DEVICE)
+    state = state_frame[1:-1, 4 : 4 + n]
+    state.copy_(new_state(n, Level.EXTRAS, tile))
+    labels = torch.tensor([-1, VOCAB_START - 1, VOCAB_START + V, 10**15, -(10**15), VOCAB_START + 5], device=DEVICE)
+    guard, state_guard = frame.clone(), state_frame.clone()
+    folded(tile, labels, Transform(), state=state)
+    assert state[3:5, :5].isnan().all(), "a label of another tile was read"
+    assert state[[0, 1, 2, 5, 6, 7]].isfinite().all() and state[:, 5].isfinite().all()
+    g = randn(gen, n, dtype=torch.float32)
+    expected = gradient(tile.clone(), labels, state, g, g, Transform())
+    gradient(tile, labels, state, g, g, Transform(), out=tile)
+    assert torch.equal(tile, expected)
+    tile.copy_(guard.as_strided((n, V), (stride, 1), 37))
+    state.copy_(new_state(n, Level.EXTRAS, tile))
+    assert same_bits(frame, guard) and same_bits(state_frame[:, :4], state_guard[:, :4])
+    assert same_bits(state_frame[[0, -1]], state_guard[[0, -1]]) and same_bits(state_frame[:, -5:], state_guard[:, -5:])
+
+
+def same_bits(a, b):
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def test_bf16_overlay_equals_a_separate_output(gen):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide", "peaked"))
+    tile = torch.nn.functional.pad(tile, (0, 5))[:, :V]  # rows wider than the tile
+    n = tile.shape[0]
+    labels[1] = -100
+    g_logp, g_ent = randn(gen, n, dtype=torch.float32), randn(gen, n, dtype=torch.float32)
+    state = folded(tile, labels, Transform())
+    separate = torch.full((n, V), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    gradient(tile, labels, state, g_logp, g_ent, Transform(), out=separate)
+    rounded = gradient(tile, labels, state, g_logp, g_ent, Transform()).bfloat16()
+    assert torch.equal(separate, rounded)
+    overlay = tiles.bf16_overlay(tile)
+    gradient(tile, labels, state, g_logp, g_ent, Transform(), out=overlay)
+    assert torch.equal(overlay, separate)
+
+
+@pytest.mark.parametrize("shape", ["v", "1v", "n1", "transposed", "strided"])
+def test_keep_mask_of_any_layout(gen, shape):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide", "equal"))
+    n = tile.shape[0]
+    full = (torch.rand(n, V, generator=gen) < 0.5).to(DEVICE)
+    keep = {
+        "v": full[0],
+        "1v": full[:1],
+        "n1": full[:, :1],
+        "transposed": full.t().contiguous().t(),
+        "strided": full.repeat_interleave(2, dim=1)[:, ::2],
+    }[shape]
+    g = randn(gen, n, dtype=torch.float32)
+    outcomes = []
+    for mask in (keep, keep.expand(n, V).contiguous()):
+        transform = Transform(keep_mask=mask)
+        state = folded(tile, labels, transform)
+        outcomes.append(torch.cat([state, gradient(tile, labels, state, g, g, transform).t()]))
+    assert torch.equal(*(x.nan_to_num(-1.0) for x in outcomes))
+
+
+def test_strided_labels_and_gradients(gen):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
+    n = tile.shape[0]
+    g = randn(gen, n, dtype=torch.float32)
+    state = folded(tile, labels, Transform())
+    spread = torch.stack([labels, labels * 0 - 7], 1)[:, 0]
+    assert torch.equal(folded(tile, spread, Transform()), state)
+    g_spread, g_one = torch.stack([g, -g], 1)[:, 0], torch.ones(1, device=DEVICE).expand(n)
+    expected = gradient(tile, labels, state, g, torch.ones(n, device=DEVICE), Transform())
+    assert torch.equal(gradient(tile, spread, state, g_spread, g_one, Transform()), expected)
+
+
+@pytest.mark.parametrize("n, v", [(0, 5), (3, 0), (0, 0)])
+def test_empty_tiles(n, v):
+    tile = torch.zeros(n, v, device=DEVICE)
+    labels, g = torch.zeros(n, dtype=torch.int64, device=DEVICE), torch.ones(n, device=DEVICE)
+    state = folded(tile, labels, Transform(), config=None, vocab_start=0)
+    assert same_bits(state, new_state(n, Level.EXTRAS, tile))
+    gradient(tile, labels, state, g, g, Transform(), config=None)
+
+
+def test_through_the_tile_interface(gen):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
+    n = tile.shape[0]
+    g = randn(gen, n, dtype=torch.float32)
+    outcomes = []
+    for backend in (tiles.Backend.TRITON, tiles.Backend.TORCH):
+        x, state = tile.clone(), new_state(n, Level.ENTROPY, tile)
+        tiles.fold_(x, labels, VOCAB_START, state, Transform(), level=Level.ENTROPY, backend=backend)
+        tiles.grad_(x, labels, VOCAB_START, state, g, g, Transform(), backend=backend)
+        outcomes.append((state, x))
+    for ours, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_messages(gen):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
+    state = new_state(tile.shape[0], Level.ENTROPY, tile)
+    with pytest.raises(ValueError, match="tile has strides"):
+        folded(tile.t().contiguous().t(), labels, Transform(), state=state)
+    with pytest.raises(ValueError, match="out has strides"):
+        gradient(tile, labels, state, None, None, Transform(), out=tile.t().contiguous().t())
+    with pytest.raises(ValueError, match="block_v=96 must be a power of two"):
+        replace(SMALL, block_v=96)
+
+
+def test_the_programs_of_a_call_lie_on_the_long_grid_axis():
+    for module in (fold, grad):
+        kernel, launcher = inspect.getsource(module), inspect.getsource(getattr(module, module.__name__[-4:] + "_"))
+        assert re.findall(r"program_id\((.*?)\)(.*)", kernel)[0][1].startswith(".to(tl.int64)")
+        assert re.findall(r"_kernel\[(.*?)\]\(", launcher) == ["(tile.shape[0],)"]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: 70,000 programs and 9 GiB")
+def test_more_than_2_31_elements_and_65535_rows(gen):
+    n, v = 70_000, 32_768
+    tile = torch.zeros(n, v, dtype=torch.bfloat16, device=DEVICE)
+    rows = torch.tensor([0, 65_535, 65_536, n - 1], device=DEVICE)
+    tile[rows] = randn(gen, len(rows), v, dtype=torch.bfloat16)
+    labels, g = torch.full((n,), 17, device=DEVICE), torch.ones(n, device=DEVICE)
+    few, few_labels = tile[rows], labels[rows]
+    state = folded(tile, labels, Transform(), Level.ENTROPY, config=None, vocab_start=0)
+    few_state = folded(few, few_labels, Transform(), Level.ENTROPY, config=None, vocab_start=0)
+    assert torch.equal(state[:, rows], few_state)
+    gradient(tile, labels, state, g, g, Transform(), out=tile, config=None, vocab_start=0)
+    gradient(few, few_labels, few_state, g[rows], g[rows], Transform(), out=few, config=None, vocab_start=0)
+    assert torch.equal(tile[rows], few)
+
+
+# Ahead-of-time compilation. A process without the interpreter makes the real launches, records them instead of running
+# them, and compiles what each would have compiled, for four GPUs. It prints one JSON object.
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+HOT = ("fold bfloat16", "fold float32", "grad bfloat16", "grad float32 into its bf16 overlay")
+SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+
+
+def recorded_launches():
+    """name -> (kernel, arguments) of launches on a tile as wide as a real vocabulary."""
+    gen, n, v = torch.Generator().manual_seed(0), 2, 151_936
+    launches = []
+
+    def record(kernel, *, grid, warmup, **arguments):
+        launches.append((kernel, arguments))
+
+    def call(dtype, name, level=Level.ENTROPY, out=None, upstream=(True, True), columns=slice(None), n=n, start=0):
+        acc = state_dtype(dtype)
+        tile = torch.zeros(n, v, dtype=dtype)[:, columns]
+        transform = make_transform(gen, name, n, dtype, v).tile(slice(None), columns, acc)
+        state, labels = new_state(n, level, tile), torch.zeros(n, dtype=torch.int64)
+        launch.fold_(tile, labels, start, state, transform, level=level)
+        g_logp, g_ent = (torch.ones(n, dtype=acc) if wanted else None for wanted in upstream)
+        launch.grad_(tile, labels, start, state, g_logp, g_ent, transform, out=out and out(tile))
+        return launches[-2:]
+
+    with mock.patch.object(JITFunction, "run", record):
+        named = {}
+        for dtype in (torch.bfloat16, torch.float32):
+            name = str(dtype).removeprefix("torch.")
+            named[f"fold {name}"], named[f"grad {name}"] = call(dtype, "plain")
+            named[f"fold {name} logps"], named[f"grad {name} logp"] = call(
+                dtype, "plain", Level.LOGPS, upstream=(True, False)
+            )
+            named[f"fold {name} everything"], named[f"grad {name} everything"] = call(dtype, "everything", Level.EXTRAS)
+            named[f"fold {name} unaligned"], named[f"grad {name} unaligned"] = call(
+                dtype, "plain", columns=slice(1, 50_258)
+            )
+        named["fold float16"], named["grad float16"] = call(torch.float16, "plain")
+        named["fold float64"], named["grad float64"] = call(torch.float64, "everything", Level.EXTRAS)
+        _, named["grad float32 into its bf16 overlay"] = call(torch.float32, "plain", out=tiles.bf16_overlay)
+        variations = [
+            call(torch.bfloat16, "scaled", n=n, columns=slice(0, width), start=start)
+            for n, width, start in ((2, 4096, 0), (1, 100_000, 1), (16, 4097, 16), (3, 131_072, 100_000))
+        ]
+    return named, variations
+
+
+def binding(kernel, arguments, target):
+    """What Triton makes of a launch: bound arguments, and the (type, attribute) pairs that decide whether to compile."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(target)
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        **arguments
+    )
+    return backend, bound, specialization, options
+
+
+def compiled_launch(kernel, arguments, target):
+    from triton.compiler import ASTSource
+
+    backend, bound, specialization, options = binding(kernel, arguments, target)
+    names, values = [p.name for p in kernel.params], list(bound.values())
+    signature = {name: kind for name, (kind, _) in zip(names, specialization, strict=True)}
+    constants = {(i,): values[i] for i, (kind, _) in enumerate(specialization) if kind == "constexpr"}
+    attributes = {(i,): backend.parse_attr(a) for i, (_, a) in enumerate(specialization) if isinstance(a, str)}
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
+def facts(binary, arch):
+    """Numbers that a test can judge, from the assembly and the linker's view of the binary."""
+    ttir = binary.asm["ttir"]
+    rows = re.findall(r"tt\.addptr %(\w+_ptr)(?:_\d+)?, %\w+ : !tt\.ptr<\w+>, (i\d+)", ttir)
+    made = {"shared": binary.metadata.shared, "row_offsets": sorted({bits for _, bits in rows})}
+    if "amdgcn" in binary.asm:
+        text = binary.asm["amdgcn"]
+        numbers = {
+            k: int(n)
+            for k, n in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text)
+        }
+        wide = bool(re.search(r"(buffer|global)_load_dwordx4", text))
+        return made | {
+            "registers": numbers["vgpr_count"],
+            "spilled": numbers["vgpr_spill_count"] + numbers["private_segment_fixed_size"],
+            "wide_loads": wide,
+            "wide_stores": bool(re.search(r"(buffer|global)_store_dwordx4", text)),
+            "fused": "v_fma_f32" in text or "v_fmac_f32" in text or "v_pk_fma_f32" in text,
+            "doubles": len(re.findall(r"v_\w+_f64", text)),
+        }
+    text = binary.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage.stdout + usage.stderr).groups()
+    )
+    return made | {
+        "registers": registers,
+        "spilled": stack + local,
+        "wide_loads": bool(
+            re.search(
+                r"ld\.global\.v4\.b32|ld\.global\.v2\.b64|cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10",
+                text,
+            )
+        ),
+        "wide_stores": bool(re.search(r"st\.global\.v4\.b32|st\.global\.v2\.b64", text)),
+        "fused": "fma.rn.f32" in text,
+        "doubles": len(re.findall(r"\.f64", text)),
+    }
+
+
+def compile_and_report(which):
+    from triton.backends.compiler import GPUTarget
+
+    named, variations = recorded_launches()
+    chosen = [name for name in named if (name in HOT) == (which == "hot")]
+    report = {"kernels": {}, "specialisations": []}
+    for arch, target in TARGETS.items():
+        for name in chosen:
+            report["kernels"][f"{name} {arch}"] = facts(compiled_launch(*named[name], GPUTarget(*target)), arch)
+    for pair in zip(*variations, strict=True):
+        keys = {repr(binding(*one, GPUTarget(*TARGETS["sm_90"]))[2]) for one in pair}
+        report["specialisations"].append(sorted(keys))
+    print(json.dumps(report))
+
+
+def compiled(which, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, __file__, which]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-8000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def assert_sound(kernels):
+    for name, made in kernels.items():
+        assert made["spilled"] == 0, f"{name} spills: {made}"
+        assert made["row_offsets"] == ["i64"], f"{name}: {made}"
+        assert made["shared"] <= SHARED_BYTES[name.split()[-1]], f"{name}: {made}"
+        if "float64" not in name:
+            assert made["fused"] and not made["doubles"], f"{name}: {made}"
+        if "unaligned" not in name:
+            assert made["wide_loads"], f"{name} loads single elements: {made}"
+            assert made["wide_stores"] or name.startswith("fold"), f"{name} stores single elements: {made}"
+
+
+def test_hot_kernels_compile_for_every_target(tmp_path):
+    report = compiled("hot", tmp_path)
+    assert len(report["kernels"]) == len(HOT) * len(TARGETS)
+    assert_sound(report["kernels"])
+    assert [len(keys) for keys in report["specialisations"]] == [1, 1], "a size, stride or offset compiles anew"
+
+
+@pytest.mark.slow
+def test_other_kernels_compile_for_every_target(tmp_path):
+    assert_sound(compiled("rest", tmp_path)["kernels"])
+
+
+if COMPILES:
+    compile_and_report(sys.argv[1])
