@@ -34,7 +34,9 @@ def bar(name: str, value: float, limit: float, at_least: bool = False, unit: str
     held = value >= limit if at_least else value <= limit
     row = {"bar": name, "value": value, "limit": limit, "at_least": at_least, "unit": unit, "held": held, **facts}
     sign = ">=" if at_least else "<="
-    print(f"{'ok  ' if held else 'MISS'} {name}: {value:.3g}{unit} ({sign} {limit:g}{unit})", file=sys.stderr, flush=True)
+    print(
+        f"{'ok  ' if held else 'MISS'} {name}: {value:.3g}{unit} ({sign} {limit:g}{unit})", file=sys.stderr, flush=True
+    )
     return row
 
 
@@ -96,8 +98,8 @@ def hidden_path(rounds: int) -> list[dict]:
 
         candidates = {"entropy_po": ours, "four products": four_products, "eager": eager}
         if trl := trl_logps_and_entropy():
-            candidates["TRL"] = lambda hidden=hidden, weight=weight, labels=labels, backward=backward, trl=trl: backward(
-                *trl(hidden, weight, labels)
+            candidates["TRL"] = lambda hidden=hidden, weight=weight, labels=labels, backward=backward, trl=trl: (
+                backward(*trl(hidden, weight, labels))
             )
         seconds = time_interleaved(candidates, rounds)
         exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -230,7 +232,9 @@ def markdown(report: dict) -> str:
     for row in report["rows"]:
         sign = "at least" if row["at_least"] else "at most"
         held = "yes" if row["held"] else "**no**"
-        lines.append(f"| {row['bar']} | {row['value']:.3g}{row['unit']} | {sign} {row['limit']:g}{row['unit']} | {held} |")
+        lines.append(
+            f"| {row['bar']} | {row['value']:.3g}{row['unit']} | {sign} {row['limit']:g}{row['unit']} | {held} |"
+        )
     lines += ["", "Milliseconds behind the ratios, with each case's interquartile spread as a share of the median:", ""]
     lines += ["| case | times | spread |", "|---|---|---|"]
     seen = set()
@@ -254,7 +258,9 @@ def main() -> None:
         print(json.dumps(peak_of(arguments.peak)))
         return
     rows = [row for name in arguments.only for row in SUITES[name](arguments.rounds)]
-    command = "python -m benchmarks.bars" + ("" if len(arguments.only) == len(SUITES) else f" --only {' '.join(arguments.only)}")
+    command = "python -m benchmarks.bars" + (
+        "" if len(arguments.only) == len(SUITES) else f" --only {' '.join(arguments.only)}"
+    )
     report = {"command": command, "rounds": arguments.rounds, "machine": machine(), "rows": rows}
     folder = RESULTS / "cpu"
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def train(argv: list[str]) -> int:
 
     # The Trainer logs its own bookkeeping at warning level; none of it is a user's to act on.
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\.")
     args.log_level = args.log_level if args.log_level != "passive" else "error"
 
     from entropy_po.models import load_model, load_tokenizer
@@ -134,10 +136,12 @@ def _parse_train(argv: list[str]):
     if argv and not argv[0].startswith("-"):
         config, *argv = argv
         _defaults_from_yaml(parser, config)
-    try:
-        return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-    except SystemExit as stop:  # --help
-        raise SystemExit(stop.code) from None
+    unknown = [flag for flag in parser.parse_known_args(argv)[1] if flag.startswith("--")]
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        raise ValueError(f"no option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "."))
+    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
 
 
 def _defaults_from_yaml(parser, config: str) -> None:

@@ -68,8 +68,8 @@ def transform_arguments(tile: Tensor, transform: Transform) -> dict[str, object]
 
 
 def rows_aligned(*tensors: Tensor | None) -> bool:
-    """Whether every row of these matrices starts on 16 bytes, which is what lets a lane load and store 16 at once."""
-    return all(x is None or (x.data_ptr() | x.stride(0) * x.itemsize) % 16 == 0 for x in tensors)
+    """Whether the rows of these matrices lie multiples of 16 bytes apart, which lets a thread load and store 16 at once."""
+    return all(x is None or x.stride(0) * x.itemsize % 16 == 0 for x in tensors)
 
 
 def check_last_dim_contiguous(name: str, tensor: Tensor) -> None:

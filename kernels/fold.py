@@ -24,6 +24,7 @@ from entropy_po.kernels.row_math import (
     MINUS_INF,
     floored,
     rescale,
+    row_pointer,
     row_scales,
     transformed,
 )
@@ -48,10 +49,10 @@ def _fold_block(u, k, m, s, t, q, c, live, LEVEL: tl.constexpr):
     return m, s, t, q, c, live
 
 
-# Sizes, strides and offsets are not specialised on: no value of theirs compiles anew. What 16-byte loads need to know comes
-# as one flag, ALIGNED.
+# Sizes, strides and offsets are not specialised on: no value of theirs compiles anew. What 16-byte loads need to know of the
+# strides comes as one flag, ALIGNED; of the wide pointers, from Triton's own test of their alignment.
 _RUNTIME = ["n_cols", "tile_stride", "state_stride", "keep_stride", "vocab_start", "ignore_index"]
-_ANY_ALIGNMENT = ["tile_ptr", "labels_ptr", "state_ptr", "keep_ptr", "row_temperature_ptr"]
+_ANY_ALIGNMENT = ["labels_ptr", "state_ptr", "row_temperature_ptr"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
@@ -83,13 +84,9 @@ def _fold_kernel(
     if label == ignore_index:
         return
     dtype: tl.constexpr = state_ptr.dtype.element_ty
-    x_ptr = tile_ptr + row * tile_stride
+    x_ptr = row_pointer(tile_ptr, row, tile_stride, ALIGNED)
     if keep_ptr is not None:
-        keep_ptr += row * keep_stride
-    if ALIGNED:
-        x_ptr = tl.multiple_of(x_ptr, 16)
-        if keep_ptr is not None:
-            keep_ptr = tl.multiple_of(keep_ptr, 16)
+        keep_ptr = row_pointer(keep_ptr, row, keep_stride, ALIGNED)
     k, slope_scale = row_scales(k, slope_scale, row_temperature_ptr, row, dtype)
 
     # What earlier tiles left enters as the sums of lane 0.

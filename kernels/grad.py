@@ -17,7 +17,7 @@ from entropy_po.kernels.config import (
     rows_aligned,
     transform_arguments,
 )
-from entropy_po.kernels.row_math import at_label, divide, floored, row_scales, transformed
+from entropy_po.kernels.row_math import at_label, divide, floored, row_pointer, row_scales, transformed
 from entropy_po.types import Transform
 
 
@@ -42,8 +42,7 @@ def _grad_block(u, k, m, s, mean_d, g_logp, g_ent, chain, col, lanes, index, WAN
 
 # See fold.py: no value of a size, stride or offset compiles anew.
 _RUNTIME = ["n_cols", "tile_stride", "out_stride", "state_stride", "keep_stride", "vocab_start", "ignore_index"]
-_ANY_ALIGNMENT = ["tile_ptr", "out_ptr", "labels_ptr", "state_ptr", "g_logp_ptr", "g_ent_ptr"]
-_ANY_ALIGNMENT += ["keep_ptr", "row_temperature_ptr"]
+_ANY_ALIGNMENT = ["labels_ptr", "state_ptr", "g_logp_ptr", "g_ent_ptr", "row_temperature_ptr"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
@@ -78,15 +77,10 @@ def _grad_kernel(
     dtype: tl.constexpr = state_ptr.dtype.element_ty
     out_dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)  # before the first multiply: rows * stride passes 2^31
-    x_ptr = tile_ptr + row * tile_stride
-    out_ptr += row * out_stride
+    x_ptr = row_pointer(tile_ptr, row, tile_stride, ALIGNED)
+    out_ptr = row_pointer(out_ptr, row, out_stride, ALIGNED)
     if keep_ptr is not None:
-        keep_ptr += row * keep_stride
-    if ALIGNED:
-        x_ptr = tl.multiple_of(x_ptr, 16)
-        out_ptr = tl.multiple_of(out_ptr, 16)
-        if keep_ptr is not None:
-            keep_ptr = tl.multiple_of(keep_ptr, 16)
+        keep_ptr = row_pointer(keep_ptr, row, keep_stride, ALIGNED)
     lanes = tl.arange(0, BLOCK_V)
     whole = n_cols // BLOCK_V * BLOCK_V
 
@@ -105,8 +99,8 @@ def _grad_kernel(
     if (label == ignore_index) | ((g_logp == 0.0) & (g_ent == 0.0)) | (s == 0.0):
         zeros = tl.zeros((BLOCK_V,), out_dtype)
         for col in range(0, whole, BLOCK_V):
-            tl.store(out_ptr + col + lanes, zeros)
-        tl.store(out_ptr + whole + lanes, zeros, mask=whole + lanes < n_cols)
+            tl.store(out_ptr + (col + lanes), zeros)
+        tl.store(out_ptr + (whole + lanes), zeros, mask=whole + lanes < n_cols)
         return
 
     mean_d = tl.full((), 0.0, dtype)

@@ -65,12 +65,13 @@ def exp_parts(d):
 
 @triton.jit
 def tanh_and_slope(v):
-    """tanh(v) and its derivative from expm1(-2|v|): no cancellation near 0, and a derivative that is not 1 - tanh^2."""
+    """tanh(v) and its derivative from e = exp(-2|v|) and e - 1: no cancellation near 0, nor where tanh saturates."""
     scale, tail = exp_parts(-2.0 * tl.abs(v))
+    e = scale * tail + scale
     em1 = scale * tail + (scale - 1.0)
     inverse = 1.0 / (em1 + 2.0)
     magnitude = -em1 * inverse
-    return tl.where(v < 0.0, -magnitude, magnitude), 4.0 * (em1 + 1.0) * inverse * inverse
+    return tl.where(v < 0.0, -magnitude, magnitude), 4.0 * e * inverse * inverse
 
 
 @triton.jit
@@ -101,6 +102,15 @@ def at_label(d, s, mean_d, g_logp, g_entropy):
     one_minus_p = divide((s - 1.0) - em1, s)
     p = divide(em1 + 1.0, s)
     return tl.where(d == MINUS_INF, 0.0, g_logp * one_minus_p - g_entropy * p * (d - mean_d))
+
+
+@triton.jit
+def row_pointer(ptr, row, stride, ALIGNED: tl.constexpr):
+    """Where row `row` starts. The hint is on the offset: it survives where a backend splits pointers into base + offset."""
+    offset = row * stride
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 128 // ptr.dtype.element_ty.primitive_bitwidth)
+    return ptr + offset
 
 
 # The logit transform of one row, z = k * u with k > 0: `transformed` makes u, and the kernels form z - m as fma(u, k, -m).

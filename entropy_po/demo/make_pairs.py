@@ -18,13 +18,13 @@ import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from entropy_po.demo.tasks import Task, heldout_tasks, quality, train_tasks
-from entropy_po import token_stats
+from entropy_po.evaluation import sampling
+from entropy_po.evaluation.sampling import Answer
 from entropy_po.models import SMOLLM2, load_model, load_tokenizer
 
 ANSWERS_PER_TASK = 6
@@ -35,71 +35,19 @@ TEMPERATURE = 0.7
 SEED = 0
 
 
-class Answer(NamedTuple):
-    """One sampled answer; `finished` is False where it was cut at `MAX_NEW_TOKENS`.
-
-    `entropy` is the sum, over the tokens drawn (the end-of-sequence token with them), of the entropy in nats of the
-    model's distribution at temperature 1, whatever the temperature of the draw.
-    """
-
-    text: str
-    num_tokens: int
-    finished: bool
-    entropy: float = 0.0
-
-    @property
-    def num_draws(self) -> int:
-        return self.num_tokens + self.finished
-
-
-@torch.inference_mode()
 def sample_answers(
     model, tokenizer, prompts: list[str], *, seed: int, temperature: float = TEMPERATURE
 ) -> list[list[Answer]]:
-    """`ANSWERS_PER_TASK` answers to each prompt, sampled from the whole distribution.
-
-    `model.generate` would read each prompt once per answer and keep finished answers in the batch until the last one
-    ends; reading it once and dropping them takes a third of the time.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-    mask = inputs["attention_mask"]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    step = model(inputs["input_ids"], attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=True)
-    cache = step.past_key_values
-    cache.batch_repeat_interleave(ANSWERS_PER_TASK)
-    logits, mask, positions = (
-        x.repeat_interleave(ANSWERS_PER_TASK, dim=0) for x in (step.logits[:, -1], mask, positions[:, -1:])
+    """`ANSWERS_PER_TASK` answers to each prompt, with this file's settings."""
+    return sampling.sample_answers(
+        model,
+        tokenizer,
+        prompts,
+        answers_per_prompt=ANSWERS_PER_TASK,
+        temperature=temperature,
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=seed,
     )
-    rows = torch.arange(len(logits))  # of `tokens`: the answers still growing
-    tokens = torch.full((len(logits), MAX_NEW_TOKENS), tokenizer.eos_token_id)
-    entropy = torch.zeros(len(logits))
-    for column in range(MAX_NEW_TOKENS):
-        # Inverse of the distribution function: torch.multinomial draws one number per entry of the vocabulary.
-        cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
-        threshold = torch.rand(len(tokens), 1, generator=generator)[rows] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, threshold).clamp(max=logits.shape[-1] - 1)
-        tokens[rows, column] = token[:, 0]
-        entropy[rows] += token_stats(logits, token[:, 0], outputs=("entropy",)).entropy
-        alive = (token[:, 0] != tokenizer.eos_token_id).nonzero()[:, 0]
-        if len(alive) == 0 or column + 1 == MAX_NEW_TOKENS:
-            break
-        if len(alive) < len(rows):
-            cache.batch_select_indices(alive)
-            rows, token, mask, positions = rows[alive], token[alive], mask[alive], positions[alive]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = positions + 1
-        step = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        logits = step.logits[:, -1]
-    lengths = (tokens != tokenizer.eos_token_id).sum(dim=1).tolist()
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    answers = [
-        Answer(text.strip(), n, n < MAX_NEW_TOKENS, nats)
-        for text, n, nats in zip(texts, lengths, entropy.tolist(), strict=True)
-    ]
-    return [answers[i : i + ANSWERS_PER_TASK] for i in range(0, len(answers), ANSWERS_PER_TASK)]
 
 
 def choose_pair(task: Task, answers: list[Answer]) -> dict | None:

@@ -21,7 +21,9 @@ def loss_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
         steps, losses = zip(*points, strict=True)
         axes.plot(steps, losses, color=color, linewidth=2, marker="o", markersize=3, label=name)
     axes.set(xlabel="optimiser step", ylabel="pair loss (nats), mean since the last point")
-    axes.set_title("Training loss. At step 0 it is log 2 only for alpha = 1: the objectives differ, not the models.", fontsize=10)
+    axes.set_title(
+        "Training loss. At step 0 it is log 2 only for alpha = 1: the objectives differ, not the models.", fontsize=10
+    )
     axes.legend(frameon=False)
     _finish(figure, axes, path)
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from entropy_po.demo import plots
 from entropy_po.demo.tasks import heldout_tasks, quality
-from entropy_po.evaluation.evaluate import Evaluation, evaluate
+from entropy_po.evaluation.evaluate import evaluate
 from entropy_po.models import SMOLLM2, load_model, load_tokenizer
 from entropy_po.trainer import EntropyPOConfig, PreferenceTrainer
 from entropy_po.trainer.callbacks import METRICS_FILE
@@ -59,10 +59,14 @@ QUICK = Sizes(steps=2, pairs_per_step=2, prompts=4, heldout_pairs=4)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="entropy-po demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="entropy-po demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling on held-out prompts")
-    parser.add_argument("--quick", action="store_true", help="two steps and four prompts: does it run, not what it shows")
+    parser.add_argument(
+        "--quick", action="store_true", help="two steps and four prompts: does it run, not what it shows"
+    )
     arguments = parser.parse_args(argv)
     run(arguments.output_dir, QUICK if arguments.quick else FULL, arguments.temperature)
     return 0
@@ -73,7 +77,10 @@ def run(output_dir: Path, sizes: Sizes, temperature: float) -> dict:
     console = Console(stderr=False)
     output_dir.mkdir(parents=True, exist_ok=True)
     pairs = resources.files("entropy_po.demo") / "pairs.jsonl"
-    heldout = [json.loads(line) for line in (resources.files("entropy_po.demo") / "pairs_heldout.jsonl").read_text().splitlines()]
+    heldout = [
+        json.loads(line)
+        for line in (resources.files("entropy_po.demo") / "pairs_heldout.jsonl").read_text().splitlines()
+    ]
     heldout = heldout[: sizes.heldout_pairs]
     tokenizer = load_tokenizer(SMOLLM2)
     start = time.perf_counter()
@@ -105,7 +112,10 @@ def run(output_dir: Path, sizes: Sizes, temperature: float) -> dict:
         cost = {"seconds_per_step": None, "peak_memory_mib": None}
         if name != UNTRAINED:
             result = trainer.train()
-            cost = {"seconds_per_step": result.metrics["train_runtime"] / sizes.steps, "peak_memory_mib": peak_memory_mib()}
+            cost = {
+                "seconds_per_step": result.metrics["train_runtime"] / sizes.steps,
+                "peak_memory_mib": peak_memory_mib(),
+            }
             log = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
             curves[name] = [(row["step"], row["loss"]) for row in log if "loss" in row]
         tasks = heldout_tasks()[: sizes.prompts]
@@ -119,13 +129,17 @@ def run(output_dir: Path, sizes: Sizes, temperature: float) -> dict:
         )
         rows[name] = {**evaluation.row(), **pair_accuracy(trainer), **cost}
         (folder / "answers.json").parent.mkdir(parents=True, exist_ok=True)
-        (folder / "answers.json").write_text(json.dumps(dict(zip((t.prompt for t in tasks), answers, strict=True)), indent=1))
+        (folder / "answers.json").write_text(
+            json.dumps(dict(zip((t.prompt for t in tasks), answers, strict=True)), indent=1)
+        )
         del trainer, model
         gc.collect()
     results = {"rows": rows, "curves": curves, "sizes": vars(sizes), "seconds": time.perf_counter() - start}
     write_results(results, output_dir)
     console.print(as_table(rows))
-    console.print(f"{results['seconds']:.0f} s in all. Written to {output_dir}: results.json, results.md, loss.png, quality-diversity.png")
+    console.print(
+        f"{results['seconds']:.0f} s in all. Written to {output_dir}: results.json, results.md, loss.png, quality-diversity.png"
+    )
     console.print(what_it_shows(rows, sizes))
     return results
 
@@ -160,7 +174,13 @@ def cells(row: dict, base: dict) -> list[str]:
         if value is None:
             shown.append("-")
             continue
-        text = f"{value:.0f}" if key == "peak_memory_mib" else f"{value:.1f}" if key in ("mean_length", "seconds_per_step") else f"{value:.3f}"
+        text = (
+            f"{value:.0f}"
+            if key == "peak_memory_mib"
+            else f"{value:.1f}"
+            if key in ("mean_length", "seconds_per_step")
+            else f"{value:.3f}"
+        )
         if row is not base and base[key] is not None:
             text += f" ({value - base[key]:+.1f})" if key == "mean_length" else f" ({value - base[key]:+.3f})"
         if key == "quality":
@@ -171,7 +191,9 @@ def cells(row: dict, base: dict) -> list[str]:
 
 def as_table(rows: dict[str, dict]) -> Table:
     base = rows[UNTRAINED]
-    table = Table(title=f"{base['num_prompts']} held-out prompts x {base['answers_per_prompt']} answers, temperature {base['temperature']:g}; (change), [95 % interval]")
+    table = Table(
+        title=f"{base['num_prompts']} held-out prompts x {base['answers_per_prompt']} answers, temperature {base['temperature']:g}; (change), [95 % interval]"
+    )
     table.add_column("run", no_wrap=True)
     for title in COLUMNS.values():
         table.add_column(title, justify="right")
@@ -199,12 +221,20 @@ def what_it_shows(rows: dict[str, dict], sizes: Sizes) -> str:
     low, high = base["quality_interval"]
     better = [name for name in RUNS if rows[name]["quality_interval"][0] > high]
     worse = [name for name in RUNS if rows[name]["quality_interval"][1] < low]
-    apart = " and ".join(filter(None, [f"above it: {', '.join(better)}" if better else "", f"below it: {', '.join(worse)}" if worse else ""]))
+    apart = " and ".join(
+        filter(
+            None, [f"above it: {', '.join(better)}" if better else "", f"below it: {', '.join(worse)}" if worse else ""]
+        )
+    )
     return "\n".join(
         [
             "What this run shows:",
             f"  entropy per token over alpha 0.8, 1.0, 1.2: {', '.join(f'{e:.3f}' for e in entropies)}: "
-            + ("rising, as theory says of the optimum." if ordered else "NOT rising in alpha, as theory says of the optimum."),
+            + (
+                "rising, as theory says of the optimum."
+                if ordered
+                else "NOT rising in alpha, as theory says of the optimum."
+            ),
             "  quality with an interval clear of the untrained model's: " + (apart or "none of the runs") + ".",
             "What it does not show: one seed, a 135M model in 4-bit weights, "
             f"{sizes.steps * sizes.pairs_per_step} pairs, far from convergence. At equal alpha and steps the losses also differ in "

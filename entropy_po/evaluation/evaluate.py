@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 from tqdm.auto import tqdm
 
-from entropy_po.demo.make_pairs import sample_answers
 from entropy_po.evaluation.metrics import bootstrap_interval, distinct_n, distinct_n_per_prompt
+from entropy_po.evaluation.sampling import MAX_NEW_TOKENS, sample_answers
 
 PROMPTS_PER_BATCH = 16
 
@@ -24,11 +24,14 @@ class Evaluation:
     quality_interval: tuple[float, float] | None
     entropy_per_token: float  # of the policy at temperature 1, over the answers it sampled
     entropy_interval: tuple[float, float]
-    distinct_2: float
+    distinct_2: float  # pooled over all answers
     distinct_2_per_prompt: float
     mean_length: float
     finished: float  # share of answers that ended by themselves
-    pair_accuracy: float | None = None  # share of held-out pairs with log pi(chosen) > log pi(rejected)
+    # One number a prompt, for paired comparisons of models on the same prompts.
+    quality_by_prompt: tuple[float, ...] | None
+    entropy_by_prompt: tuple[float, ...]  # nats per token drawn
+    draws_by_prompt: tuple[int, ...]  # tokens drawn: the weights of the mean entropy
 
     def row(self) -> dict:
         return asdict(self)
@@ -40,7 +43,9 @@ def evaluate(
     prompts: Sequence[str],
     *,
     quality: Callable[[int, str], float] | None = None,
+    answers_per_prompt: int = 4,
     temperature: float = 1.0,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
     label: str = "answers",
 ) -> tuple[Evaluation, list[list[str]]]:
@@ -55,38 +60,46 @@ def evaluate(
     Returns:
         The evaluation, and the answers of every prompt.
     Raises:
-        ValueError: no prompts.
+        ValueError: no prompts, or a number out of its range.
     """
     if not prompts:
         raise ValueError("prompts is empty; give at least one.")
-    was_training = model.training
+    was_training, groups = model.training, []
     model.eval()
-    texts, scores, entropies, lengths, finished = [], [], [], [], []
     try:
         for start in tqdm(range(0, len(prompts), PROMPTS_PER_BATCH), desc=label, unit="batch", leave=False):
-            batch = list(prompts[start : start + PROMPTS_PER_BATCH])
-            answers = sample_answers(model, tokenizer, batch, seed=seed + start, temperature=temperature)
-            for i, group in enumerate(answers, start):
-                texts.append([answer.text for answer in group])
-                if quality is not None:
-                    scores.append(sum(quality(i, answer.text) for answer in group) / len(group))
-                entropies.append((sum(a.entropy for a in group), sum(a.num_draws for a in group)))
-                lengths += [answer.num_tokens for answer in group]
-                finished += [answer.finished for answer in group]
+            groups += sample_answers(
+                model,
+                tokenizer,
+                prompts[start : start + PROMPTS_PER_BATCH],
+                answers_per_prompt=answers_per_prompt,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed + start,
+            )
     finally:
         model.train(was_training)
-    per_prompt = [total / draws for total, draws in entropies]
+    texts = [[answer.text for answer in group] for group in groups]
+    answers = [answer for group in groups for answer in group]
+    draws = [sum(answer.num_draws for answer in group) for group in groups]
+    entropies = [sum(a.entropy for a in group) / n for group, n in zip(groups, draws, strict=True)]
+    scores = None
+    if quality is not None:
+        scores = [sum(quality(i, text) for text in group) / len(group) for i, group in enumerate(texts)]
     evaluation = Evaluation(
         num_prompts=len(prompts),
-        answers_per_prompt=len(texts[0]),
+        answers_per_prompt=answers_per_prompt,
         temperature=temperature,
         quality=sum(scores) / len(scores) if scores else None,
         quality_interval=bootstrap_interval(scores) if scores else None,
-        entropy_per_token=sum(total for total, _ in entropies) / sum(draws for _, draws in entropies),
-        entropy_interval=bootstrap_interval(per_prompt),
-        distinct_2=distinct_n([text for group in texts for text in group]),
+        entropy_per_token=sum(answer.entropy for answer in answers) / sum(draws),
+        entropy_interval=bootstrap_interval(entropies, draws),
+        distinct_2=distinct_n([answer.text for answer in answers]),
         distinct_2_per_prompt=distinct_n_per_prompt(texts),
-        mean_length=sum(lengths) / len(lengths),
-        finished=sum(finished) / len(finished),
+        mean_length=sum(answer.num_tokens for answer in answers) / len(answers),
+        finished=sum(answer.finished for answer in answers) / len(answers),
+        quality_by_prompt=tuple(scores) if scores else None,
+        entropy_by_prompt=tuple(entropies),
+        draws_by_prompt=tuple(draws),
     )
     return evaluation, texts

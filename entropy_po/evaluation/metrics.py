@@ -10,7 +10,7 @@ import torch
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Different n-grams of words over all n-grams of words, pooled over the texts; 0 where there is none.
 
-    Falls with the number of texts: compare samples of one size only.
+    Falls with the number and the length of the texts: compare samples of one size, and look at the length beside it.
 
     >>> distinct_n(["a b a b", "a b"])  # a b, b a, a b, a b
     0.5
@@ -27,16 +27,29 @@ def distinct_n_per_prompt(answers: Sequence[Sequence[str]], n: int = 2) -> float
     return sum(distinct_n(texts, n) for texts in answers) / max(len(answers), 1)
 
 
-def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, which must be independent (one value a prompt).
+def bootstrap_interval(
+    values: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of independent values, one a prompt.
+
+    With weights, of the weighted mean sum(values * weights) / sum(weights): a mean over tokens, say, whose numbers
+    differ from prompt to prompt. Values and weights of a prompt are drawn together.
 
     Raises:
-        ValueError: no values.
+        ValueError: no values, or weights of another number or sum 0.
     """
-    if len(values) == 0:
-        raise ValueError("values is empty; an interval needs at least one value.")
     x = torch.as_tensor(values, dtype=torch.float64)
+    w = torch.ones_like(x) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+    if len(x) == 0 or w.shape != x.shape or not (w >= 0).all() or w.sum() == 0:
+        raise ValueError(f"expected at least one value with weights as many, >= 0, not all 0; got {len(x)}, {len(w)}.")
     generator = torch.Generator().manual_seed(seed)
-    means = x[torch.randint(len(x), (draws, len(x)), generator=generator)].mean(1)
-    low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    chosen = torch.randint(len(x), (draws, len(x)), generator=generator)
+    means = (x * w)[chosen].sum(1) / w[chosen].sum(1)
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(means[means.isfinite()], ends).tolist()
     return low, high

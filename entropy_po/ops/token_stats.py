@@ -154,6 +154,8 @@ def _fake_backward(grad_logps, grad_entropy, logits, *rest) -> Tensor:
 
 def _backward_(grad_logps, grad_entropy, logits, *rest) -> None:
     _grad_into(logits, grad_logps, grad_entropy, logits, *rest)
+    # the kernel wrote behind autograd's back: whoever still needs the logits must get its error, not a gradient
+    torch.autograd.graph.increment_version(logits)
 
 
 def _fake_backward_(*args) -> None:

@@ -73,7 +73,8 @@ class EntropyPOConfig(TrainingArguments):
     per_device_eval_batch_size: int = _arg(4, "Pairs per device in evaluation and in the reference pass.")
     logging_steps: float = _arg(10, "Steps between two rows of metrics.")
     bf16: bool | None = _arg(None, "Mixed precision in bf16; default: yes on an accelerator that has it, no on a CPU.")
-    report_to: str | list[str] | None = field(
+    # HfArgumentParser reads this union in the parent's order only.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
         default=None, metadata={"help": "Loggers; default tensorboard where it is installed."}
     )
     remove_unused_columns: bool = _arg(False, "Unused: the trainer makes its own batches.")

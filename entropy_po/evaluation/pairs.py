@@ -1,0 +1,54 @@
+"""Log-probs of preference pairs under a model, and how many of the pairs it ranks as they are labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from entropy_po.heads import backbone_hidden_states, head_of
+from entropy_po.ops.linear_token_stats import linear_token_stats
+from entropy_po.trainer.data import IGNORE_INDEX, PairCollator, tokenize_pairs
+
+
+@torch.inference_mode()
+def pair_logps(model, tokenizer, pairs: Sequence[dict], *, batch_size: int = 16, progress: bool = True) -> Tensor:
+    """Summed log-probs [P, 2], fp32, nats, of the chosen and the rejected answers; no logits are formed.
+
+    Args:
+        model: a causal language model, plain or under PEFT; run in evaluation mode, its mode restored.
+        pairs: rows in any of the formats that training takes.
+        batch_size: pairs per forward.
+    """
+    dataset, collate = tokenize_pairs(pairs, tokenizer), PairCollator(tokenizer.pad_token_id or 0)
+    was_training, logps = model.training, []
+    model.eval()
+    try:
+        starts = range(0, len(dataset), batch_size)
+        for start in tqdm(starts, desc="held-out pairs", unit="batch", leave=False, disable=not progress):
+            batch = collate(dataset.pairs[start : start + batch_size])
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            labels = batch["labels"][:, 1:]
+            sequence, position = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+            hidden, _ = backbone_hidden_states(model, batch["input_ids"], batch["attention_mask"])
+            head = head_of(model)
+            rows = hidden[sequence, position].to(head.weight.dtype)
+            stats = linear_token_stats(
+                rows, head.weight, labels[sequence, position], outputs=("logps",), **head.options
+            )
+            logps.append(stats.logps.new_zeros(len(labels)).index_add(0, sequence, stats.logps).view(-1, 2).cpu())
+    finally:
+        model.train(was_training)
+    return torch.cat(logps)
+
+
+def accuracy(logps: Tensor, ref_logps: Tensor | None = None) -> float:
+    """Share of pairs [P, 2] whose chosen answer is ahead: by log-prob, or by its gain over `ref_logps`. A tie is half.
+
+    The first asks whether the model prefers the better answer, the second whether training moved it that way.
+    """
+    gain = logps if ref_logps is None else logps - ref_logps
+    margin = gain[:, 0] - gain[:, 1]
+    return ((margin > 0).double() + 0.5 * (margin == 0).double()).mean().item()

@@ -1,0 +1,236 @@
+"""linear_token_stats: values and gradients against fp64, tilings, memory, and errors."""
+
+import oracles
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from entropy_po import TokenStats, linear_token_stats
+from entropy_po.plan import plan_tiles, tile_bytes
+
+ALL = TokenStats._fields
+SMALL = 60_000  # bytes: dozens of tiles on the shapes below
+
+
+def problem(n, d, v, dtype, scale=1.0):
+    hidden = torch.randn(n, d).to(dtype)
+    weight = (scale * torch.randn(v, d) / d**0.5).to(dtype)
+    bias = torch.randn(v).to(dtype)
+    labels = torch.randint(v, (n,))
+    # half of the rows confident: their label's weight is their own direction
+    for i in range(0, n, 2):
+        weight[labels[i]] = hidden[i] * (12 / d)
+    return hidden, weight, bias, labels
+
+
+OPTIONS = {
+    "plain": {},
+    "scale, softcap, temperature": {"logit_scale": 0.8, "softcap": 6.0, "temperature": 0.9},
+    "row temperature and kept set": "rows",
+}
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("workspace", [None, SMALL])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_agrees_with_fp64(backend, dtype, workspace, case, poisoned):
+    n, d, v = 37, 24, 1003
+    hidden, weight, bias, labels = problem(n, d, v, dtype)
+    labels[::5] = -100
+    options = OPTIONS[case]
+    if options == "rows":
+        keep = torch.rand(n, v) < 0.7
+        keep[torch.arange(n), labels.clamp_min(0)] = True
+        options = {"temperature": torch.rand(n) + 0.5, "keep_mask": keep}
+    inputs = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    exact_inputs = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    ours = linear_token_stats(
+        inputs[0], inputs[1], labels, bias=inputs[2], outputs=ALL, workspace_bytes=workspace, backend=backend, **options
+    )
+    exact = oracles.stats(exact_inputs[0] @ exact_inputs[1].t(), labels, bias=exact_inputs[2], **options)
+    oracles.assert_stats(ours, [e.detach() for e in exact], 1e-10 if dtype == torch.float64 else 1e-5)
+    g = torch.randn(2, n)
+    (ours.logps @ g[0].to(ours.logps) + ours.entropy @ g[1].to(ours.logps)).backward()
+    (exact[0] @ g[0].double() + exact[1] @ g[1].double()).backward()
+    for x, truth in zip(inputs, exact_inputs, strict=True):
+        oracles.assert_gradient(x.grad, truth.grad, upstream=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_gradcheck(backend):
+    hidden, weight, bias, labels = problem(5, 4, 13, torch.float64)
+    labels[2] = -100
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_token_stats(h, w, labels, bias=b, softcap=4.0, backend=backend)[:2], inputs
+    )
+
+
+@pytest.mark.parametrize(
+    "trained", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_gradients_only_where_needed(trained):
+    hidden, weight, bias, labels = problem(9, 8, 70, torch.float32)
+    inputs = [x.clone().requires_grad_(t) for x, t in zip((hidden, weight, bias), trained, strict=True)]
+    exact_inputs = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    linear_token_stats(inputs[0], inputs[1], labels, bias=inputs[2]).logps.sum().backward()
+    oracles.stats(exact_inputs[0] @ exact_inputs[1].t(), labels, bias=exact_inputs[2])[0].sum().backward()
+    for x, truth, wanted in zip(inputs, exact_inputs, trained, strict=True):
+        if wanted:
+            oracles.assert_gradient(x.grad, truth.grad, upstream=1e-3)
+        else:
+            assert x.grad is None
+
+
+class Allocations(TorchDispatchMode):
+    """Largest number of elements of any tensor made while active, and the peak of bytes alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.largest = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
+                self.note(storage)
+        return result
+
+    def note(self, storage):
+        import weakref
+
+        key = storage.data_ptr()
+        if key and key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, key, None)
+            self.peak = max(self.peak, sum(self.alive.values()))
+
+
+def test_frozen_weight_allocates_nothing_of_its_size():
+    # the hidden states are tiny and the budget too: only dW could be this large
+    hidden, weight, _, labels = problem(6, 64, 5000, torch.float32)
+    hidden.requires_grad_()
+    with Allocations() as seen:
+        linear_token_stats(hidden, weight, labels, workspace_bytes=200_000).logps.sum().backward()
+    assert seen.largest < weight.numel() // 4
+    with Allocations() as seen:
+        linear_token_stats(hidden, weight.requires_grad_(), labels, workspace_bytes=200_000).logps.sum().backward()
+    assert seen.largest >= weight.numel()  # the check sees a dW when there is one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_has_a_token_and_a_vocabulary_axis(dtype):
+    n, d, v = 512, 16, 4096
+    hidden, weight, _, labels = problem(n, d, v, dtype)
+    budget = 1 << 20
+    with Allocations() as seen:
+        stats = linear_token_stats(hidden.requires_grad_(), weight.requires_grad_(), labels, workspace_bytes=budget)
+        (stats.logps + stats.entropy).sum().backward()
+    assert seen.largest <= max(budget // 4, weight.numel())
+    assert seen.largest < n * v // 4
+
+
+def test_a_thousand_tiles_in_bf16_cost_no_digits():
+    """linkedin/Liger-Kernel#1391: gradients summed over 1,024 chunks in bf16 were 7 times worse."""
+    n, d, v = 512, 16, 2048
+    hidden, weight, _, labels = problem(n, d, v, torch.bfloat16)
+    plan = plan_tiles(n, v, d, element=4, operand_copies=True, workspace_bytes=12_000)
+    assert (n / plan.rows) * (v / plan.cols) >= 1000
+    exact_inputs = [x.double().requires_grad_() for x in (hidden, weight)]
+    exact = oracles.stats(exact_inputs[0] @ exact_inputs[1].t(), labels)
+    (exact[0] + 0.5 * exact[1]).sum().backward()
+    for workspace in (None, 12_000):
+        inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
+        stats = linear_token_stats(*inputs, labels, workspace_bytes=workspace)
+        (stats.logps + 0.5 * stats.entropy).sum().backward()
+        for x, truth in zip(inputs, exact_inputs, strict=True):
+            assert oracles.relative_error(x.grad, truth.grad) <= 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_budget_and_the_threads_do_not_change_results_beyond_rounding(dtype):
+    hidden, weight, _, labels = problem(65, 32, 2111, dtype)
+    whole = linear_token_stats(hidden, weight, labels)
+    threads = torch.get_num_threads()
+    try:
+        for workspace in (40_000, 200_000, 3_000_000):
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                split = linear_token_stats(hidden, weight, labels, workspace_bytes=workspace)
+                for a, b in zip(whole[:2], split[:2], strict=True):
+                    assert (a - b).abs().max() <= 5e-6
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_the_parameters_own():
+    hidden, weight, _, labels = problem(8, 16, 200, torch.float32)
+    inputs = [x.requires_grad_() for x in (hidden, weight)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = linear_token_stats(*inputs, labels)
+    stats.logps.sum().backward()
+    expected = linear_token_stats(hidden.detach().bfloat16(), weight.detach().bfloat16(), labels)
+    assert torch.equal(stats.logps, expected.logps)
+    assert inputs[1].grad.dtype == torch.float32
+
+
+def test_the_matrix_library_setting_is_left_as_it_was():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    hidden, weight, _, labels = problem(4, 7, 50, torch.bfloat16)  # odd D: through fp32 copies
+    with pytest.raises(ValueError):
+        linear_token_stats(hidden, weight, labels + 50)
+    linear_token_stats(hidden.requires_grad_(), weight, labels).logps.sum().backward()
+    assert matmul.fp32_precision == before
+
+
+def test_empty_and_wholly_ignored():
+    for labels in (torch.empty(0, dtype=torch.int64), torch.full((3,), -100)):
+        hidden = torch.full((len(labels), 8), torch.nan, requires_grad=True)
+        weight = torch.randn(30, 8, requires_grad=True)
+        stats = linear_token_stats(hidden, weight, labels, outputs=ALL)
+        assert all((value == 0).all() for value in stats)
+        (stats.logps.sum() + stats.entropy.sum()).backward()
+        assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("n, v, d", [(1, 1, 1), (1, 151936, 4096), (16384, 151936, 4096), (100, 1000, 64)])
+@pytest.mark.parametrize("budget", [2 << 20, 64 << 20, 1 << 30])
+@pytest.mark.parametrize("copies", [True, False])
+def test_plan_covers_everything_once_within_the_budget(n, v, d, budget, copies):
+    plan = plan_tiles(n, v, d, element=4, operand_copies=copies, workspace_bytes=budget)
+    assert tile_bytes(plan.rows, plan.cols, d, element=4, operand_copies=copies) == plan.workspace_bytes <= budget
+    for size, slices in ((n, list(plan.row_slices())), (v, list(plan.col_slices()))):
+        assert slices[0].start == 0 and slices[-1].stop == size
+        assert all(a.stop == b.start for a, b in zip(slices, slices[1:], strict=False))
+
+
+BAD = {
+    "hidden shape": (dict(hidden_states=torch.randn(2, 3, 8)), r"hidden_states has shape \(2, 3, 8\)"),
+    "D differs": (dict(weight=torch.randn(30, 9)), r"weight \(30, 9\)"),
+    "dtype differs": (dict(weight=torch.randn(30, 8).bfloat16()), r"weight has dtype torch.bfloat16"),
+    "bias shape": (dict(bias=torch.randn(29)), r"bias has shape \(29,\)"),
+    "label": (dict(labels=torch.tensor([0, 30, 2])), r"labels\[1\]=30 is outside \[0, 30\)"),
+    "labels shape": (dict(labels=torch.tensor([0, 1])), r"labels has shape \(2,\)"),
+    "temperature": (dict(temperature=-1.0), r"temperature=-1.0"),
+    "budget": (dict(workspace_bytes=100), r"workspace_bytes=100 holds no tile; give at least"),
+    "weight device": (dict(weight=torch.empty(30, 8, device="meta")), r"weight is on meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    change, message = BAD[case]
+    arguments = {
+        "hidden_states": torch.randn(3, 8),
+        "weight": torch.randn(30, 8),
+        "labels": torch.tensor([0, 1, 2]),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_token_stats(
+            arguments.pop("hidden_states"), arguments.pop("weight"), arguments.pop("labels"), **arguments
+        )

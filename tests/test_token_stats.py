@@ -1,0 +1,135 @@
+"""token_stats: the public operator on logits, its bars, its contract with autograd, and its errors."""
+
+import oracles
+import pytest
+import torch
+
+from entropy_po import TokenStats, token_stats, types
+
+ALL = TokenStats._fields
+
+
+@pytest.mark.parametrize("vocab", [32768, 151936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["fresh", "trained", "hostile"])
+def test_real_vocabularies_within_1e_5(vocab, dtype, kind, poisoned):
+    logits = oracles.logits_of(kind, 9, vocab).to(dtype)
+    labels = oracles.labels_for(logits.float())
+    labels[4] = -100
+    x, exact_x = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    ours, exact = token_stats(x, labels, outputs=ALL), oracles.stats(exact_x, labels)
+    oracles.assert_stats(ours, [e.detach() for e in exact], 1e-5)
+    g = torch.randn(2, 9)
+    (ours.logps @ g[0] + ours.entropy @ g[1]).backward()
+    (exact[0] @ g[0].double() + exact[1] @ g[1].double()).backward()
+    oracles.assert_gradient(x.grad, exact_x.grad, upstream=g.norm())
+    assert (x.grad[4] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_gradcheck(backend):
+    logits = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 10, -100, 5])
+    keep = torch.rand(4, 11) < 0.8
+    keep[torch.arange(4), labels.clamp_min(0)] = True
+    for options in ({}, {"temperature": torch.rand(4) + 0.5, "softcap": 3.0, "logit_scale": 0.7, "keep_mask": keep}):
+        assert torch.autograd.gradcheck(
+            lambda x, options=options: token_stats(x, labels, backend=backend, **options)[:2], (logits,)
+        )
+
+
+def test_only_what_is_asked_for(monkeypatch):
+    logits, labels = torch.randn(3, 50), torch.tensor([1, 2, 3])
+    stats = token_stats(logits, labels, outputs=("entropy",))
+    assert [name for name, value in stats._asdict().items() if value is not None] == ["entropy"]
+    levels = []
+    from entropy_po import tiles
+
+    fold_ = tiles.fold_
+    monkeypatch.setattr(tiles, "fold_", lambda *a, level, **k: (levels.append(level), fold_(*a, level=level, **k)))
+    token_stats(logits, labels, outputs=("logps", "lse", "is_top1"))
+    token_stats(logits, labels)
+    token_stats(logits, labels, outputs=("mean_logit",))
+    assert levels == [types.Level.LOGPS, types.Level.ENTROPY, types.Level.EXTRAS]
+
+
+@pytest.mark.parametrize("which", ["logps", "entropy"])
+def test_gradient_of_one_output_alone(which):
+    logits = torch.randn(5, 333)
+    labels = torch.randint(333, (5,))
+    x, exact_x = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    index = ALL.index(which)
+    g = torch.randn(5)
+    (token_stats(x, labels)[index] @ g).backward()
+    (oracles.stats(exact_x, labels)[index] @ g.double()).backward()
+    oracles.assert_gradient(x.grad, exact_x.grad, upstream=g.norm())
+
+
+def test_leading_dimensions_and_strides():
+    logits = torch.randn(2, 3, 7, 40).transpose(1, 2)[..., ::2]  # neither contiguous nor unit stride
+    labels = torch.randint(20, (2, 7, 3))
+    stats = token_stats(logits, labels)
+    exact = oracles.stats(logits.reshape(-1, 20), labels.reshape(-1))
+    assert stats.logps.shape == labels.shape
+    oracles.assert_stats(TokenStats(stats.logps.reshape(-1), stats.entropy.reshape(-1)), exact, 1e-5)
+
+
+def test_inplace_backward_writes_over_the_logits_and_refuses_a_second():
+    base = torch.randn(4, 100, requires_grad=True)
+    labels = torch.randint(100, (4,))
+    (expected,) = torch.autograd.grad(token_stats(base * 1, labels).logps.sum(), base)
+    logits = base * 1
+    stats = token_stats(logits, labels, inplace_backward=True)
+    stats.logps.sum().backward(retain_graph=True)
+    assert torch.equal(base.grad, expected)
+    assert torch.equal(logits.detach(), expected)  # overwritten: the memory was reused
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        stats.logps.sum().backward()
+
+
+def test_second_backward_with_retain_graph_is_the_same():
+    x = torch.randn(3, 60, requires_grad=True)
+    loss = token_stats(x, torch.tensor([1, 2, 3])).logps.sum()
+    loss.backward(retain_graph=True)
+    first = x.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * first)
+
+
+def test_empty_and_wholly_ignored():
+    for labels in (torch.empty(0, dtype=torch.int64), torch.full((3,), -100)):
+        x = torch.full((len(labels), 17), torch.nan, requires_grad=True)
+        stats = token_stats(x, labels, outputs=ALL)
+        assert all((value == 0).all() for value in stats)
+        (stats.logps.sum() + stats.entropy.sum()).backward()
+        assert (x.grad == 0).all()
+
+
+BAD = {
+    "labels dtype": (dict(labels=torch.zeros(3)), r"labels.*int64.*float32"),
+    "labels shape": (dict(labels=torch.zeros(4, dtype=torch.int64)), r"labels has shape \(4,\)"),
+    "label too large": (dict(labels=torch.tensor([0, 1, 20])), r"labels\[2\]=20 is outside \[0, 20\)"),
+    "label negative": (dict(labels=torch.tensor([0, -1, 2])), r"labels\[1\]=-1"),
+    "logits dtype": (dict(logits=torch.zeros(3, 20, dtype=torch.int64)), r"logits has dtype torch.int64"),
+    "logits list": (dict(logits=[[0.0]]), r"logits must be a tensor"),
+    "no vocabulary": (dict(logits=torch.zeros(3, 0)), r"logits has shape \(3, 0\)"),
+    "temperature 0": (dict(temperature=0.0), r"temperature=0.0"),
+    "temperature nan": (dict(temperature=float("nan")), r"temperature=nan"),
+    "temperature row": (dict(temperature=torch.tensor([1.0, 0.0, 1.0])), r"temperature has an entry of 0.0"),
+    "temperature rows": (dict(temperature=torch.ones(2)), r"temperature has 2 entries for 3 rows"),
+    "softcap": (dict(softcap=-1.0), r"softcap=-1.0"),
+    "logit_scale": (dict(logit_scale=0.0), r"logit_scale=0.0"),
+    "keep_mask dtype": (dict(keep_mask=torch.ones(20)), r"keep_mask has dtype"),
+    "keep_mask shape": (dict(keep_mask=torch.ones(19, dtype=torch.bool)), r"keep_mask has shape"),
+    "outputs": (dict(outputs=("logprob",)), r"outputs=\('logprob',\)"),
+    "backend": (dict(backend="fast"), r"backend='fast'"),
+    "labels device": (dict(labels=torch.zeros(3, dtype=torch.int64, device="meta")), r"labels is on meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    change, message = BAD[case]
+    arguments = {"logits": torch.randn(3, 20), "labels": torch.tensor([0, 1, 2]), **change}
+    with pytest.raises(ValueError, match=message):
+        token_stats(arguments.pop("logits"), arguments.pop("labels"), **arguments)
