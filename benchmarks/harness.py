@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from entropy_po.trainer.memory import peak_bytes, reset_peak, status_bytes
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -46,16 +48,10 @@ def spread(seconds: list[float]) -> float:
 
 def peak_extra_bytes(run: Callable[[], Any]) -> int:
     """Growth of the process's peak resident memory over one call, which it should not have made before."""
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # reset the peak to what is resident now
-    before = _status("VmRSS")
+    reset_peak()
+    before = status_bytes("VmRSS")
     run()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    return peak_bytes() - before
 
 
 def in_fresh_process(module: str, *arguments: str) -> Any:

@@ -6,6 +6,7 @@ Each subcommand is imported when it is called. An error the user can act on is o
 
 import difflib
 import importlib
+import logging as stdlib_logging
 import os
 import sys
 import warnings
@@ -88,6 +89,7 @@ def train(argv: list[str]) -> int:
 
     # The Trainer logs its own bookkeeping at warning level; none of it is a user's to act on.
     logging.set_verbosity_error()
+    stdlib_logging.getLogger("huggingface_hub").setLevel(stdlib_logging.ERROR)  # its retries, when offline
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\.")
     args.log_level = args.log_level if args.log_level != "passive" else "error"
 
@@ -98,9 +100,12 @@ def train(argv: list[str]) -> int:
     # Data first: a typing error in a path should not wait for a model.
     train_rows = load_rows(sources.train_data, sources.train_split)
     eval_rows = load_rows(sources.eval_data, sources.eval_split) if sources.eval_data else None
+    if sources.model.startswith((".", "/", "~")) and not Path(sources.model).expanduser().is_dir():
+        raise FileNotFoundError(f"model: {sources.model}: no such folder; give a model folder or a hub id.")
     options = {"attn_implementation": sources.attn_implementation} if sources.attn_implementation else {}
     model = load_model(sources.model, dtype=sources.dtype, **options)
     tokenizer = load_tokenizer(sources.model)
+    logging.disable_progress_bar()  # one bar: that of the steps
     if not args.process_index:
         a, b = args.entropy_objective.policy_coef, args.entropy_objective.ref_coef
         print(f"{sources.model}: {len(train_rows)} pairs, method {args.method} (a={a:g} on log pi, b={b:g} on log ref)")

@@ -1,5 +1,7 @@
 """fold_ and grad_ of every CPU backend and instruction set against fp64, and what they may not touch."""
 
+from itertools import pairwise
+
 import oracles
 import pytest
 import torch
@@ -109,7 +111,7 @@ def test_tiles_in_any_split_and_order_equal_the_whole(backend, isa):
     labels = oracles.labels_for(x)
     whole = stats_from_state(folded(x, labels, Transform(), Level.EXTRAS, backend, isa), ALL)
     cuts = [0, 1, 700, 701, 1725, 3001]
-    parts = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = list(pairwise(cuts))
     for order in (parts, parts[::-1], [parts[i] for i in torch.randperm(len(parts)).tolist()]):
         state = new_state(n, Level.EXTRAS, x)
         for a, b in order:

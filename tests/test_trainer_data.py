@@ -164,6 +164,8 @@ def test_cut_off_gzip(tmp_path):
 def test_missing_file_and_split(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_rows(tmp_path / "none.jsonl")
+    with pytest.raises(FileNotFoundError, match="no such file or folder, and no dataset's name"):
+        load_rows(str(tmp_path / "none"))  # at once, without asking a hub
     splits = datasets.DatasetDict({"test": datasets.Dataset.from_list([TEXT_ROW])})
     with pytest.raises(ValueError, match="no split 'train'; it has test"):
         load_rows(splits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,53 +12,100 @@ matplotlib.use("Agg")  # files only: a machine that trains may have no display
 
 import matplotlib.pyplot as plt
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the untrained model is black.
-COLORS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+from entropy_po.evaluation.metrics import paired_interval
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the first row, the untrained model, is black.
+COLORS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00")
+SMOOTHING = 5  # steps of the running mean
 
 
-def loss_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Training loss by step, one line a run: name -> [(step, loss)]."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for (name, points), color in zip(curves.items(), COLORS[1:], strict=False):
+def loss_curves(curves: dict[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    """Training loss by step, one line a run: name -> [(step, loss)]. Thin: every step; thick: running mean."""
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    ends = []
+    for i, (name, points) in enumerate(curves.items(), 1):
+        color = COLORS[i % len(COLORS)]
         steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, color=color, linewidth=2, marker="o", markersize=3, label=name)
-    axes.set(xlabel="optimiser step", ylabel="pair loss (nats), mean since the last point")
+        window = [losses[max(0, k - SMOOTHING + 1) : k + 1] for k in range(len(losses))]
+        smooth = [sum(w) / len(w) for w in window]
+        axes.plot(steps, losses, color=color, linewidth=0.8, alpha=0.35)
+        axes.plot(steps, smooth, color=color, linewidth=2.2)
+        ends.append((name, steps[-1], smooth[-1], color))
+    axes.axhline(math.log(2), color="0.4", linewidth=1, linestyle=":")
+    axes.annotate(
+        "log 2: a margin of 0", (0.01, math.log(2)), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        textcoords="offset points", fontsize=9, color="0.35",
+    )  # fmt: skip
+    axes.set(xlabel="optimiser step", ylabel="pair loss")
     axes.set_title(
-        "Training loss. At step 0 it is log 2 only for alpha = 1: the objectives differ, not the models.", fontsize=10
+        f"Training loss on the same batches in the same order (thick: mean of the last {SMOOTHING} steps)\n"
+        "The runs start from the same weights; at step 0 the loss is log 2 only for alpha = 1",
+        fontsize=10.5,
+        loc="left",
     )
-    axes.legend(frameon=False)
+    low, high = axes.get_ylim()
+    heights = _spread([y for _, _, y, _ in ends], gap=(high - low) * 0.05)
+    for (name, x, y, color), height in zip(ends, heights, strict=True):
+        axes.annotate(
+            name, (x, y), xytext=(1.02, height), textcoords=("axes fraction", "data"), color=color, fontsize=10,
+            weight="bold", va="center", annotation_clip=False,
+        )  # fmt: skip
+    axes.margins(x=0.01)
     _finish(figure, axes, path)
 
 
-def quality_diversity(points: dict[str, dict], path: Path) -> None:
-    """Quality (constraints met) against entropy per token, with 95 % intervals: name -> Evaluation.row()."""
-    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    for i, ((name, row), color) in enumerate(zip(points.items(), COLORS, strict=False)):
-        x, y = row["entropy_per_token"], row["quality"]
-        low, high = row["quality_interval"]
-        left, right = row["entropy_interval"]
-        # the interval is of the mean over prompts, the point the mean over tokens: clip, so that no bar is negative
-        axes.errorbar(
-            x,
-            y,
-            xerr=[[max(x - left, 0)], [max(right - x, 0)]],
-            yerr=[[max(y - low, 0)], [max(high - y, 0)]],
-            fmt="s" if i == 0 else "o",
-            color=color,
-            markersize=8,
-            elinewidth=1,
-            alpha=0.9,
-        )
-        axes.annotate(name, (x, y), xytext=(8, 7), textcoords="offset points", color=color, fontsize=10, weight="bold")
-    first = next(iter(points.values()))
-    axes.set(xlabel="entropy of the policy, nats per token (right: more varied)", ylabel="constraints met (up: better)")
+def quality_diversity(rows: dict[str, dict], path: Path) -> None:
+    """Quality against entropy per token: name -> `Evaluation.row()`, all on the same prompts.
+
+    The bars are 95 % intervals of the difference to the first row, paired by prompt; the first row has none.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5.6), layout="constrained")
+    (base_name, base), *_ = rows.items()
+    points = {name: (row["entropy_per_token"], row["quality"]) for name, row in rows.items()}
+    for i, (name, row) in enumerate(rows.items()):
+        color, (x, y) = COLORS[i % len(COLORS)], points[name]
+        bars = {}
+        if name != base_name:
+            across = entropy_change(row, base)
+            up = quality_change(row, base)
+            dx, dy = x - base["entropy_per_token"], y - base["quality"]
+            # A percentile interval need not hold its point; a bar cannot be negative.
+            bars["xerr"] = [[max(dx - across[0], 0)], [max(across[1] - dx, 0)]]
+            bars["yerr"] = [[max(dy - up[0], 0)], [max(up[1] - dy, 0)]]
+        axes.errorbar(x, y, fmt="s" if name == base_name else "o", color=color, markersize=9, elinewidth=1.2, **bars)
+        axes.annotate(name, (x, y), xytext=(9, 8), textcoords="offset points", color=color, fontsize=10, weight="bold")
+    axes.set(xlabel="entropy of the policy, nats per token  (right: more varied)", ylabel="quality  (up: better)")
     axes.set_title(
-        f"Quality against diversity on {first['num_prompts']} held-out prompts x {first['answers_per_prompt']} answers; "
-        "bars: 95 % bootstrap over prompts",
-        fontsize=10,
+        f"Quality against diversity: {base['num_prompts']} prompts x {base['answers_per_prompt']} answers, "
+        f"temperature {base['temperature']:g}\n"
+        f"Bars: 95 % interval of the change from “{base_name}” on the same prompts; one training seed",
+        fontsize=10.5,
+        loc="left",
     )
-    axes.margins(0.15)
+    axes.margins(0.12)
     _finish(figure, axes, path)
+
+
+def quality_change(row: dict, base: dict) -> tuple[float, float]:
+    """95 % interval of the difference in quality, paired by prompt."""
+    return paired_interval(row["quality_by_prompt"], base["quality_by_prompt"])
+
+
+def entropy_change(row: dict, base: dict) -> tuple[float, float]:
+    """95 % interval of the difference in entropy per token, paired by prompt."""
+    return paired_interval(
+        row["entropy_by_prompt"], base["entropy_by_prompt"], row["draws_by_prompt"], base["draws_by_prompt"]
+    )
+
+
+def _spread(values: Sequence[float], gap: float) -> list[float]:
+    """The values moved apart, in their order, until neighbours are `gap` from one another."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    placed = list(values)
+    for below, above in zip(order, order[1:], strict=False):
+        placed[above] = max(placed[above], placed[below] + gap)
+    shift = (sum(placed) - sum(values)) / max(len(values), 1)
+    return [value - shift for value in placed]
 
 
 def _finish(figure, axes, path: Path) -> None:

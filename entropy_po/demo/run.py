@@ -31,7 +31,7 @@ from entropy_po.evaluation.evaluate import evaluate
 from entropy_po.models import SMOLLM2, load_model, load_tokenizer
 from entropy_po.trainer import EntropyPOConfig, PreferenceTrainer
 from entropy_po.trainer.callbacks import METRICS_FILE
-from entropy_po.trainer.preference import peak_memory_mib
+from entropy_po.trainer.memory import peak_bytes, reset_peak
 
 BETA = 0.1
 # QEMPO has no reference to hold it: the same weight on log pi as DPO's, and stopping early, as few steps do.
@@ -54,7 +54,7 @@ class Sizes:
     heldout_pairs: int | None
 
 
-FULL = Sizes(steps=30, pairs_per_step=8, prompts=64, heldout_pairs=None)
+FULL = Sizes(steps=20, pairs_per_step=8, prompts=48, heldout_pairs=None)
 QUICK = Sizes(steps=2, pairs_per_step=2, prompts=4, heldout_pairs=4)
 
 
@@ -76,12 +76,9 @@ def run(output_dir: Path, sizes: Sizes, temperature: float) -> dict:
     """The whole demo: trains, samples, prints the table, writes results.json, results.md and the two pictures."""
     console = Console(stderr=False)
     output_dir.mkdir(parents=True, exist_ok=True)
-    pairs = resources.files("entropy_po.demo") / "pairs.jsonl"
-    heldout = [
-        json.loads(line)
-        for line in (resources.files("entropy_po.demo") / "pairs_heldout.jsonl").read_text().splitlines()
-    ]
-    heldout = heldout[: sizes.heldout_pairs]
+    # what the steps will see, once each, so that the reference pass reads no more
+    pairs = committed_pairs("pairs.jsonl")[: sizes.steps * sizes.pairs_per_step]
+    heldout = committed_pairs("pairs_heldout.jsonl")[: sizes.heldout_pairs]
     tokenizer = load_tokenizer(SMOLLM2)
     start = time.perf_counter()
     rows: dict[str, dict] = {}
@@ -97,7 +94,7 @@ def run(output_dir: Path, sizes: Sizes, temperature: float) -> dict:
             ref_cache_dir=str(output_dir / "reference_logps"),
             **RUNS.get(name, RUNS["H-DPO alpha 1.0 (DPO)"]),
             lora_r=16,
-            learning_rate=1e-4,
+            learning_rate=2e-4,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=min(5, sizes.steps),
             max_steps=sizes.steps,
@@ -108,13 +105,14 @@ def run(output_dir: Path, sizes: Sizes, temperature: float) -> dict:
             report_to="none",
             seed=0,
         )
-        trainer = PreferenceTrainer(model, arguments, str(pairs), heldout, tokenizer)
+        trainer = PreferenceTrainer(model, arguments, pairs, heldout, tokenizer)
         cost = {"seconds_per_step": None, "peak_memory_mib": None}
         if name != UNTRAINED:
+            reset_peak()
             result = trainer.train()
             cost = {
                 "seconds_per_step": result.metrics["train_runtime"] / sizes.steps,
-                "peak_memory_mib": peak_memory_mib(),
+                "peak_memory_mib": peak_bytes() / 2**20,
             }
             log = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
             curves[name] = [(row["step"], row["loss"]) for row in log if "loss" in row]
@@ -144,69 +142,78 @@ def run(output_dir: Path, sizes: Sizes, temperature: float) -> dict:
     return results
 
 
+def committed_pairs(name: str) -> list[dict]:
+    return [json.loads(line) for line in (resources.files("entropy_po.demo") / name).read_text().splitlines()]
+
+
+@torch.no_grad()
 def pair_accuracy(trainer: PreferenceTrainer) -> dict:
     """Shares of held-out pairs whose chosen answer the policy itself finds likelier, and whose implicit reward is higher."""
-    metrics = trainer.evaluate()
-    higher = []
-    with torch.no_grad():
-        for batch in trainer.get_eval_dataloader():
-            logps = trainer._answer_stats(trainer.model, trainer._prepare_inputs(batch), entropy=False)[0]
-            higher += (logps[0::2] > logps[1::2]).tolist()
-    return {"pair_accuracy": sum(higher) / len(higher), "reward_accuracy": metrics["eval_rewards/accuracies"]}
+    likelier, preferred = [], []
+    trainer.model.eval()
+    for batch in trainer.get_eval_dataloader():
+        logps = trainer._answer_stats(trainer.model, trainer._prepare_inputs(batch), entropy=False)[0]
+        margins = trainer.objective.margin(
+            logps[0::2], logps[1::2], *batch.get("ref_logps", torch.empty(0, 2)).unbind(1)
+        )
+        likelier += (logps[0::2] > logps[1::2]).tolist()
+        preferred += (margins > 0).tolist()
+    return {"pair_accuracy": sum(likelier) / len(likelier), "reward_accuracy": sum(preferred) / len(preferred)}
 
 
+# results key -> (heading, decimals)
 COLUMNS = {
-    "quality": "constraints met",
-    "pair_accuracy": "pair accuracy",
-    "entropy_per_token": "entropy, nats/token",
-    "distinct_2": "distinct-2",
-    "mean_length": "length, tokens",
-    "seconds_per_step": "s/step",
-    "peak_memory_mib": "peak MiB",
+    "quality": ("constraints met", 3),
+    "pair_accuracy": ("pair accuracy", 2),
+    "entropy_per_token": ("nats per token", 3),
+    "distinct_2": ("distinct-2", 3),
+    "mean_length": ("tokens", 1),
+    "seconds_per_step": ("s per step", 1),
+    "peak_memory_mib": ("peak MiB", 0),
 }
 
 
-def cells(row: dict, base: dict) -> list[str]:
-    """One row of the table; in brackets the difference to the untrained model."""
-    shown = []
-    for key in COLUMNS:
+def cells(row: dict, base: dict) -> list[list[str]]:
+    """One row of the table: per column its value, its change from the untrained model, and the interval of the quality."""
+    columns = []
+    for key, (_, decimals) in COLUMNS.items():
         value = row[key]
-        if value is None:
-            shown.append("-")
-            continue
-        text = (
-            f"{value:.0f}"
-            if key == "peak_memory_mib"
-            else f"{value:.1f}"
-            if key in ("mean_length", "seconds_per_step")
-            else f"{value:.3f}"
-        )
-        if row is not base and base[key] is not None:
-            text += f" ({value - base[key]:+.1f})" if key == "mean_length" else f" ({value - base[key]:+.3f})"
+        lines = ["-" if value is None else f"{value:.{decimals}f}"]
+        if value is not None and row is not base and base[key] is not None:
+            lines.append(f"{value - base[key]:+.{decimals}f}")
         if key == "quality":
-            text += " [{:.2f}, {:.2f}]".format(*row["quality_interval"])
-        shown.append(text)
-    return shown
+            lines.append("{:.2f} to {:.2f}".format(*row["quality_interval"]))
+        columns.append(lines)
+    return columns
 
 
 def as_table(rows: dict[str, dict]) -> Table:
     base = rows[UNTRAINED]
+    title = f"{base['num_prompts']} held-out prompts x {base['answers_per_prompt']} answers, temperature {base['temperature']:g}"
     table = Table(
-        title=f"{base['num_prompts']} held-out prompts x {base['answers_per_prompt']} answers, temperature {base['temperature']:g}; (change), [95 % interval]"
+        title=title,
+        caption="under each value: change from untrained; under the quality also its 95 % interval",
+        show_lines=True,
     )
-    table.add_column("run", no_wrap=True)
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
+    table.add_column("run")
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right")
     for name, row in rows.items():
-        table.add_row(name, *(cell.replace("[", r"\[") for cell in cells(row, base)))
+        table.add_row(name, *("\n".join(lines) for lines in cells(row, base)))
     return table
 
 
 def write_results(results: dict, output_dir: Path) -> None:
     rows = results["rows"]
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
-    lines += [f"| {name} | " + " | ".join(cells(row, rows[UNTRAINED])) + " |" for name, row in rows.items()]
+    lines = [
+        "| run | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |",
+        "|---|" + "---|" * len(COLUMNS),
+    ]
+    lines += [
+        f"| {name} | " + " | ".join(", ".join(cell) for cell in cells(row, rows[UNTRAINED])) + " |"
+        for name, row in rows.items()
+    ]
     (output_dir / "results.md").write_text("\n".join(lines) + "\n")
     plots.loss_curves(results["curves"], output_dir / "loss.png")
     plots.quality_diversity(rows, output_dir / "quality-diversity.png")
@@ -239,7 +246,7 @@ def what_it_shows(rows: dict[str, dict], sizes: Sizes) -> str:
             "What it does not show: one seed, a 135M model in 4-bit weights, "
             f"{sizes.steps * sizes.pairs_per_step} pairs, far from convergence. At equal alpha and steps the losses also differ in "
             "gradient scale (a = alpha * beta), so runs differ in how far they moved, not only in where they are going.",
-            "Peak memory is the whole process's highest so far, so later rows can only repeat or exceed earlier ones.",
+            "Peak memory is that of the whole process while the run trained (on a GPU: of torch's allocator).",
         ]
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
@@ -41,15 +42,50 @@ def bootstrap_interval(
     differ from prompt to prompt. Values and weights of a prompt are drawn together.
 
     Raises:
-        ValueError: no values, or weights of another number or sum 0.
+        ValueError: no values, or weights of another number, or one that is not > 0.
     """
+    return _central(_resampled_means(values, weights, draws, seed), level)
+
+
+def paired_interval(
+    values: Sequence[float],
+    others: Sequence[float],
+    weights: Sequence[float] | None = None,
+    other_weights: Sequence[float] | None = None,
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of mean(values) - mean(others), measured on the same prompts.
+
+    Both means are taken over the same drawn prompts, so what makes a prompt easy for every model cancels; two
+    separate intervals may overlap where this one is clear of 0.
+
+    Raises:
+        ValueError: as `bootstrap_interval`, or two numbers of values.
+    """
+    if len(values) != len(others):
+        raise ValueError(
+            f"values and others must be as many, got {len(values)} and {len(others)}; pair them by prompt."
+        )
+    # The same seed draws the same prompts for both.
+    means = _resampled_means(values, weights, draws, seed) - _resampled_means(others, other_weights, draws, seed)
+    return _central(means, level)
+
+
+def _resampled_means(values: Sequence[float], weights: Sequence[float] | None, draws: int, seed: int) -> Tensor:
     x = torch.as_tensor(values, dtype=torch.float64)
     w = torch.ones_like(x) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-    if len(x) == 0 or w.shape != x.shape or not (w >= 0).all() or w.sum() == 0:
-        raise ValueError(f"expected at least one value with weights as many, >= 0, not all 0; got {len(x)}, {len(w)}.")
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(x), (draws, len(x)), generator=generator)
-    means = (x * w)[chosen].sum(1) / w[chosen].sum(1)
+    if len(x) == 0 or w.shape != x.shape or not bool((w > 0).all()):
+        raise ValueError(
+            f"expected one value or more, and as many weights, all > 0; got {len(x)} values, {len(w)} weights."
+        )
+    chosen = torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(seed))
+    return (x * w)[chosen].sum(1) / w[chosen].sum(1)
+
+
+def _central(means: Tensor, level: float) -> tuple[float, float]:
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(means[means.isfinite()], ends).tolist()
+    low, high = torch.quantile(means, ends).tolist()
     return low, high

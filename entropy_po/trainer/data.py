@@ -11,6 +11,7 @@ A row is one pair, in any of these shapes (text stays as it is; messages go thro
 
 import gzip
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,8 @@ def _open_source(source: str | Path, split: str):
         return datasets.load_from_disk(str(path))
     if path.suffix in (".json", ".parquet", ".csv") and path.is_file():
         return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+    if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
+        raise FileNotFoundError(f"{source}: no such file or folder, and no dataset's name.")  # do not ask a hub for it
     try:
         return datasets.load_dataset(str(source))
     except OSError as error:
@@ -147,7 +150,7 @@ def tokenize_pairs(
         ValueError: a row that is no pair, named by its number (from 0), or nothing left.
     """
     pairs, dropped = [], 0
-    for number, row in enumerate(tqdm(rows, desc="tokenizing", disable=not progress, leave=False)):
+    for number, row in enumerate(tqdm(rows, desc="tokenizing", disable=not progress, leave=False, delay=2)):
         try:
             prompt_length, chosen, rejected = _token_ids(row, tokenizer)
         except ValueError as error:

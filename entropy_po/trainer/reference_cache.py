@@ -72,7 +72,7 @@ def _compute(dataset, model, logps_of, batch_size, pad_token_id, accelerator, pr
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     logps = torch.zeros(len(sequences), dtype=torch.float32)
-    for rows in tqdm(mine, desc="reference log-probs", disable=not progress, leave=False):
+    for rows in tqdm(mine, desc="reference log-probs", disable=not progress, leave=False, delay=2):
         batch = pad_rows([sequences[i] for i in rows], pad_token_id)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         logps[rows] = logps_of(model, batch).float().cpu()

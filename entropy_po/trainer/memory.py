@@ -1,0 +1,40 @@
+"""Peak memory: of the CUDA allocator where there is a GPU, else the resident set of the whole process."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+
+def reset_peak() -> None:
+    """Start a new peak from what is held now. Without /proc (not Linux) the peak stays that of the whole process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        pass
+
+
+def peak_bytes() -> int:
+    """Highest memory since `reset_peak`, or since the start; 0 where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        return status_bytes("VmHWM")
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def status_bytes(field: str) -> int:
+    """A memory field of /proc/self/status: VmRSS for what is resident now, VmHWM for its peak."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
