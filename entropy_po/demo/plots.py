@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -102,7 +103,7 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
     """The values moved apart, in their order, until neighbours are `gap` from one another."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     placed = list(values)
-    for below, above in zip(order, order[1:], strict=False):
+    for below, above in pairwise(order):
         placed[above] = max(placed[above], placed[below] + gap)
     shift = (sum(placed) - sum(values)) / max(len(values), 1)
     return [value - shift for value in placed]

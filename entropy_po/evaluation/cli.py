@@ -8,53 +8,76 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Command line of the evaluation; returns the exit status."""
     parser = argparse.ArgumentParser(prog="entropy-po evaluate", description=__doc__)
-    parser.add_argument("--model", nargs="+", required=True, help="smollm2-135m, hub ids, model or adapter folders")
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        help="JSON lines with a `prompt` each (no quality then); default: the demo's held-out tasks",
-    )
-    parser.add_argument("--limit", type=int, help="use only the first prompts")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16", help="type of the weights")
-    parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
+    add = parser.add_argument
+    add("--model", nargs="+", required=True, help="smollm2-135m, hub ids, model or adapter folders")
+    add("--prompts", type=Path, help="JSON lines with a `prompt` each, not scored; default: the demo's held-out tasks")
+    add("--limit", type=int, help="use only the first prompts")
+    add("--pairs", help="preference pairs, as for training: share of them ranked right by log-prob")
+    add("--samples", type=int, default=4, help="answers per prompt (default 4)")
+    add("--temperature", type=float, default=1.0, help="of the sampling (default 1)")
+    add("--max_new_tokens", type=int, default=64, help="longest answer (default 64)")
+    add("--seed", type=int, default=0)
+    add("--dtype", default="bfloat16", help="type of the weights (default bfloat16)")
+    add("--output_dir", type=Path, default=Path("evaluation"))
     arguments = parser.parse_args(argv)
-    if not arguments.temperature > 0:
-        raise ValueError(
-            f"--temperature={arguments.temperature} must be > 0; use a small one for nearly greedy answers."
-        )
+    for name in ("samples", "temperature", "max_new_tokens", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name}={value} must be > 0; {_REMEDIES[name]}.")
     prompts, score = prompts_and_score(arguments.prompts, arguments.limit)
 
     from entropy_po.evaluation.evaluate import evaluate
+    from entropy_po.evaluation.pairs import accuracy, pair_logps
     from entropy_po.models import load_model, load_tokenizer
+    from entropy_po.trainer.data import load_rows
 
+    pairs = None if arguments.pairs is None else load_rows(arguments.pairs)
     rows, answers = {}, {}
-    for name in arguments.model:
+    for name in dict.fromkeys(arguments.model):
         model, tokenizer = load_model(name, dtype=arguments.dtype), load_tokenizer(name)
-        options = {"quality": score, "temperature": arguments.temperature, "seed": arguments.seed, "label": name}
-        evaluation, texts = evaluate(model, tokenizer, prompts, **options)
-        rows[name], answers[name] = (
-            evaluation.row(),
-            [{"prompt": p, "answers": a} for p, a in zip(prompts, texts, strict=True)],
+        evaluation, texts = evaluate(
+            model,
+            tokenizer,
+            prompts,
+            quality=score,
+            answers_per_prompt=arguments.samples,
+            temperature=arguments.temperature,
+            max_new_tokens=arguments.max_new_tokens,
+            seed=arguments.seed,
+            label=name,
         )
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "evaluation.json").write_text(
-        json.dumps({"rows": rows, "answers": answers}, indent=1) + "\n"
-    )
+        rows[name] = {**evaluation.row(), "pair_accuracy": None}
+        if pairs is not None:
+            rows[name]["pair_accuracy"] = accuracy(pair_logps(model, tokenizer, pairs))
+        answers[name] = [{"prompt": p, "answers": a} for p, a in zip(prompts, texts, strict=True)]
+    folder = arguments.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps({"rows": rows, "answers": answers}, indent=1) + "\n")
     table = markdown(rows)
-    (arguments.output_dir / "evaluation.md").write_text(table)
+    (folder / "evaluation.md").write_text(table, encoding="utf-8")
     written = "evaluation.json, evaluation.md"
     if score is not None:
         from entropy_po.demo.plots import quality_diversity
 
-        quality_diversity(
-            {Path(name).name: row for name, row in rows.items()}, arguments.output_dir / "quality-diversity.png"
-        )
+        quality_diversity({_short(name): row for name, row in rows.items()}, folder / "quality-diversity.png")
         written += ", quality-diversity.png"
-    print(table + f"\nWritten to {arguments.output_dir}: {written}")
+    print(f"{table}\nWritten to {folder}: {written}")
     return 0
+
+
+_REMEDIES = {
+    "samples": "diversity within a prompt wants 2 or more",
+    "temperature": "use a small one for nearly greedy answers",
+    "max_new_tokens": "it bounds the length of an answer",
+    "limit": "leave it out to use all prompts",
+}
+
+
+def _short(name: str) -> str:
+    """A folder by its last two parts: runs are often told apart by the parent's name."""
+    return "/".join(Path(name).parts[-2:])
 
 
 def prompts_and_score(path: Path | None, limit: int | None):
@@ -73,31 +96,35 @@ def prompts_and_score(path: Path | None, limit: int | None):
         if not line.strip():
             continue
         try:
-            prompts.append(json.loads(line)["prompt"])
+            prompt = json.loads(line)["prompt"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number}: expected a JSON object with a `prompt`, got {line[:60]!r}."
             ) from error
-        if not isinstance(prompts[-1], str):
-            raise ValueError(f"{path}, line {number}: `prompt` must be text, got {type(prompts[-1]).__name__}.")
+        if not isinstance(prompt, str):
+            raise ValueError(f"{path}, line {number}: `prompt` must be text, got {type(prompt).__name__}.")
+        prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path}: no prompts; give one JSON object with a `prompt` per line.")
     return prompts[:limit], None
 
 
 def markdown(rows: dict[str, dict]) -> str:
-    """The evaluations as a Markdown table, intervals in brackets."""
+    """The evaluations as a Markdown table, 95 % intervals in brackets."""
     lines = [
-        "| model | quality | entropy, nats/token | distinct-2 | distinct-2 within a prompt | length, tokens | finished |",
-        "|---|---|---|---|---|---|---|",
+        "| model | quality | pairs ranked right | entropy, nats/token | distinct-2 | distinct-2 within a prompt "
+        "| length, tokens | finished |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        quality = "-"
+        quality, pairs = "-", "-"
         if row["quality"] is not None:
             quality = "{:.3f} [{:.2f}, {:.2f}]".format(row["quality"], *row["quality_interval"])
+        if row["pair_accuracy"] is not None:
+            pairs = f"{row['pair_accuracy']:.2f}"
         entropy = "{:.3f} [{:.2f}, {:.2f}]".format(row["entropy_per_token"], *row["entropy_interval"])
         lines.append(
-            f"| {name} | {quality} | {entropy} | {row['distinct_2']:.3f} | {row['distinct_2_per_prompt']:.3f} | "
-            f"{row['mean_length']:.1f} | {row['finished']:.2f} |"
+            f"| {name} | {quality} | {pairs} | {entropy} | {row['distinct_2']:.3f} | "
+            f"{row['distinct_2_per_prompt']:.3f} | {row['mean_length']:.1f} | {row['finished']:.2f} |"
         )
     return "\n".join(lines) + "\n"

@@ -54,7 +54,7 @@ def linear_token_stats(
             product. Under autocast both are cast to its dtype, as `torch.nn.functional.linear` does.
         labels: [N], int64, already shifted. Rows with `ignore_index` give 0 and no gradient, and are not computed.
         bias: [V], or None.
-        workspace_bytes: bound on the tile and what goes with it; None for the default of the device (64 MiB on a CPU).
+        workspace_bytes: bound on the tile and what goes with it; None for the default of the device (32 MiB on a CPU).
             Beside it live the inputs, the gradients, and fp32 sums of those gradients where tiles are added into them.
         outputs, temperature, softcap, logit_scale, keep_mask, ignore_index, backend: as in `token_stats`.
 

@@ -91,7 +91,7 @@ class PreferenceTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("several GPUs in one process are not supported; start the same command with torchrun.")
         # `compute_loss` divides by the pairs of the whole step itself, so the Trainer must not divide again.
-        pass
+        self.loss_is_scaled_for_ga, self.model_accepts_loss_kwargs = True, False
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(QuietProgress)
         self.pop_callback(PrinterCallback)
