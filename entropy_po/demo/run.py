@@ -54,12 +54,12 @@ DATA = Path(__file__).parent
 class Sizes:
     """How much work: the full demo, or the few steps of `--quick`."""
 
-    steps: int = 30
+    steps: int = 20
     pairs_per_step: int = 8
     learning_rate: float = 4e-4
     lora_r: int = 16
     heldout_pairs: int = 56
-    prompts: int = 64
+    prompts: int = 48
     answers_per_prompt: int = 4
     max_new_tokens: int = 64
     temperature: float = 1.0  # of the sampling on held-out prompts
@@ -207,7 +207,7 @@ COLUMNS = {
 }
 CHANGES = {"quality": plots.quality_change, "entropy_per_token": plots.entropy_change}
 LEGEND = (
-    "Second line of a cell: the change from the untrained model, [95 % interval over prompts, paired]. "
+    "Below a value: its change from the untrained model, [95 % interval over prompts, paired]. "
     "pairs ranked right: held-out pairs with log pi(chosen) > log pi(rejected). distinct-2: share of different word "
     "pairs among a prompt's answers; it falls with length. peak MiB: resident memory of the whole process in training."
 )
@@ -240,7 +240,7 @@ def as_table(rows: dict[str, dict]) -> Table:
     for title, _, _ in COLUMNS.values():
         table.add_column(title, justify="right")
     for name, row in rows.items():
-        texts = ["\n".join(filter(None, cell)).replace("[", r"\[") for cell in cells(row, base)]
+        texts = ["\n".join(filter(None, cell)).replace(" [", "\n\\[") for cell in cells(row, base)]
         table.add_row(f"[bold]{name}[/bold]", *texts)
     return table
 
@@ -254,7 +254,7 @@ def write_results(results: dict, output_dir: Path) -> None:
     for name, row in rows.items():
         texts = [value + (f" ({change})" if change else "") for value, change in cells(row, base)]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    legend = LEGEND.replace("Second line of a cell", "In brackets")
+    legend = LEGEND.replace("Below a value", "In brackets")
     shows = what_it_shows(rows, Sizes(**results["sizes"]))
     lines += [
         "",

@@ -16,6 +16,7 @@ from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
 from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint
 from entropy_po.trainer.config import EntropyPOConfig
 from entropy_po.trainer.data import IGNORE_INDEX, PairCollator, PairDataset, load_rows, tokenize_pairs
+from entropy_po.trainer.memory import peak_bytes
 from entropy_po.trainer.reference_cache import attach_reference
 
 # Sums over pairs (first) and over tokens, kept on the device between two rows of metrics.
@@ -241,7 +242,7 @@ class PreferenceTrainer(Trainer):
             now = time.perf_counter()
             metrics["tokens_per_second"] = metrics.pop("tokens", 0) / max(now - self._window_start, 1e-9)
             self._window_start = now
-            logs = {**logs, **metrics, "peak_memory_mib": peak_memory_mib()}
+            logs = {**logs, **metrics, "peak_memory_mib": peak_bytes() / 2**20}
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -313,15 +314,3 @@ def _prepare_model(model: nn.Module, args: EntropyPOConfig, peft_config) -> nn.M
 def _rank_0_first(args: EntropyPOConfig):
     """Rank 0 reads and tokenises before the others, so that a dataset is downloaded once."""
     return args.main_process_first(local=True, desc="preference data")
-
-
-def peak_memory_mib() -> float:
-    """Highest memory so far in MiB: of the CUDA allocator, or the resident set of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
