@@ -83,11 +83,11 @@ def hidden_path(rounds: int) -> list[dict]:
         g_logps, g_entropy = torch.randn(n), torch.randn(n)
         h, w, tile = hidden.detach(), weight.detach(), torch.randn(n, vocab).to(dtype)
 
-        outs = torch.empty_like(tile), torch.empty_like(h), torch.empty_like(w)  # the products alone: no page faults
+        logits = torch.empty_like(tile)  # scratch; dH and dW are fresh memory, as they are for every candidate
 
-        def four_products(h=h, w=w, tile=tile, outs=outs):
-            torch.mm(h, w.t(), out=outs[0]), torch.mm(h, w.t(), out=outs[0])
-            torch.mm(tile, w, out=outs[1]), torch.mm(tile.t(), h, out=outs[2])
+        def four_products(h=h, w=w, tile=tile, logits=logits):
+            torch.mm(h, w.t(), out=logits), torch.mm(h, w.t(), out=logits)
+            torch.mm(tile, w), torch.mm(tile.t(), h)
 
         def backward(logps, entropy, hidden=hidden, weight=weight, upstream=(g_logps, g_entropy)):
             return torch.autograd.grad((logps, entropy), (hidden, weight), upstream)

@@ -34,8 +34,8 @@ def loss_curves(curves: dict[str, Sequence[tuple[int, float]]], path: Path) -> N
         ends.append((name, steps[-1], smooth[-1], color))
     axes.axhline(math.log(2), color="0.4", linewidth=1, linestyle=":")
     axes.annotate(
-        "log 2: a margin of 0", (0.01, math.log(2)), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", fontsize=9, color="0.35",
+        "log 2: a margin of 0", (1, math.log(2)), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+        textcoords="offset points", fontsize=9, color="0.35", ha="right",
     )  # fmt: skip
     axes.set(xlabel="optimiser step", ylabel="pair loss")
     axes.set_title(
@@ -44,14 +44,8 @@ def loss_curves(curves: dict[str, Sequence[tuple[int, float]]], path: Path) -> N
         fontsize=10.5,
         loc="left",
     )
-    low, high = axes.get_ylim()
-    heights = _spread([y for _, _, y, _ in ends], gap=(high - low) * 0.05)
-    for (name, x, y, color), height in zip(ends, heights, strict=True):
-        axes.annotate(
-            name, (x, y), xytext=(1.02, height), textcoords=("axes fraction", "data"), color=color, fontsize=10,
-            weight="bold", va="center", annotation_clip=False,
-        )  # fmt: skip
     axes.margins(x=0.01)
+    _label_in_margin(axes, ends)
     _finish(figure, axes, path)
 
 
@@ -74,7 +68,6 @@ def quality_diversity(rows: dict[str, dict], path: Path) -> None:
             bars["xerr"] = [[max(dx - across[0], 0)], [max(across[1] - dx, 0)]]
             bars["yerr"] = [[max(dy - up[0], 0)], [max(up[1] - dy, 0)]]
         axes.errorbar(x, y, fmt="s" if name == base_name else "o", color=color, markersize=9, elinewidth=1.2, **bars)
-        axes.annotate(name, (x, y), xytext=(9, 8), textcoords="offset points", color=color, fontsize=10, weight="bold")
     axes.set(xlabel="entropy of the policy, nats per token  (right: more varied)", ylabel="quality  (up: better)")
     axes.set_title(
         f"Quality against diversity: {base['num_prompts']} prompts x {base['answers_per_prompt']} answers, "
@@ -83,7 +76,8 @@ def quality_diversity(rows: dict[str, dict], path: Path) -> None:
         fontsize=10.5,
         loc="left",
     )
-    axes.margins(0.12)
+    axes.margins(0.08)
+    _label_in_margin(axes, [(name, *points[name], COLORS[i % len(COLORS)]) for i, name in enumerate(rows)])
     _finish(figure, axes, path)
 
 
@@ -97,6 +91,19 @@ def entropy_change(row: dict, base: dict) -> tuple[float, float]:
     return paired_interval(
         row["entropy_by_prompt"], base["entropy_by_prompt"], row["draws_by_prompt"], base["draws_by_prompt"]
     )
+
+
+def _label_in_margin(axes, points: Sequence[tuple[str, float, float, str]]) -> None:
+    """Names of (name, x, y, colour) right of the axes, in the order of y, each with a thin line to its point."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    heights = _spread([y for _, _, y, _ in points], gap=(high - low) * 0.055)
+    for (name, x, y, color), height in zip(points, heights, strict=True):
+        axes.annotate(
+            name, (x, y), xytext=(1.03, height), textcoords=axes.get_yaxis_transform(), color=color, fontsize=10,
+            weight="bold", va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6, "shrinkB": 0},
+        )  # fmt: skip
 
 
 def _spread(values: Sequence[float], gap: float) -> list[float]:
