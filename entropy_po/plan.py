@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-DEFAULT_CPU_WORKSPACE = 32 << 20  # from 8 to 48 MiB the time is the same; beyond, pages cost more than larger tiles save
+DEFAULT_CPU_WORKSPACE = (
+    32 << 20
+)  # from 8 to 48 MiB the time is the same; beyond, pages cost more than larger tiles save
 MIN_TILE_SIDE = 16  # a narrower tile is a matrix-vector product: the budget is refused instead
 
 

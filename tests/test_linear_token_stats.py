@@ -1,5 +1,7 @@
 """linear_token_stats: values and gradients against fp64, tilings, memory, and errors."""
 
+import itertools
+
 import oracles
 import pytest
 import torch
@@ -205,7 +207,7 @@ def test_plan_covers_everything_once_within_the_budget(n, v, d, budget, copies):
     assert tile_bytes(plan.rows, plan.cols, d, element=4, operand_copies=copies) == plan.workspace_bytes <= budget
     for size, slices in ((n, list(plan.row_slices())), (v, list(plan.col_slices()))):
         assert slices[0].start == 0 and slices[-1].stop == size
-        assert all(a.stop == b.start for a, b in zip(slices, slices[1:], strict=False))
+        assert all(a.stop == b.start for a, b in itertools.pairwise(slices))
 
 
 BAD = {

@@ -3,6 +3,8 @@
 Equalities between two runs of the same code are exact wherever rows are independent and sums are in the same order.
 """
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,7 +77,7 @@ def test_a_common_offset_changes_nothing(seed, n, v, offset, temperature):
     inputs = [(logits + c).requires_grad_() for c in (0.0, offset)]
     assert torch.equal(inputs[1].detach() - offset, logits)
     both = [token_stats(x, labels, temperature=temperature) for x in inputs]
-    for x, stats in zip(inputs, both, strict=True):
+    for _x, stats in zip(inputs, both, strict=True):
         (stats.logps + stats.entropy).sum().backward()
     # without FMA, z = x / T is rounded at 1e4 before the maximum leaves it
     bound = NATS * 4 if not CORE or CORE.cpu_isas()[0] != "baseline" else 5e-3
@@ -99,7 +101,7 @@ def test_the_order_of_the_vocabulary_changes_nothing(seed, n, v, scale):
             assert torch.equal(a, b)
         else:
             assert ((a - b).abs() <= NATS * (1 + a.abs())).all(), name
-    for x, stats in zip(inputs, both, strict=True):
+    for _x, stats in zip(inputs, both, strict=True):
         (stats.logps + stats.entropy).sum().backward()
     assert (inputs[0].grad[:, order] - inputs[1].grad).abs().max() <= NATS
 
@@ -113,7 +115,7 @@ def test_tiles_cut_anywhere_and_taken_in_any_order(backend, isa, seed, n, v, pie
     labels = make_labels(logits, generator)
     inner = torch.randint(1, v, (pieces - 1,), generator=generator).tolist()
     cuts = sorted({0, v, *inner})
-    parts = list(zip(cuts, cuts[1:], strict=False))
+    parts = list(itertools.pairwise(cuts))
     order = [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist()]
     whole, split = new_state(n, Level.EXTRAS, logits), new_state(n, Level.EXTRAS, logits)
     tiles.fold_(logits, labels, 0, whole, Transform(), level=Level.EXTRAS, backend=backend, isa=isa)
