@@ -20,6 +20,7 @@ ALL = TokenStats._fields
 CORE = tiles.compiled_core()
 VARIANTS = [(Backend.CPP, isa) for isa in (CORE.cpu_isas() if CORE else [])] + [(Backend.TORCH, "")]
 NATS = 4e-6  # 2^-18: what two fp32 runs that sum in another order may differ by at log p near -10
+
 QUICK = settings(max_examples=40, deadline=None)
 ROWS = st.integers(0, 9)
 VOCABULARIES = st.one_of(st.integers(1, 70), st.integers(1000, 1100), st.integers(2040, 2060))
@@ -29,6 +30,28 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.fl
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Hundreds of small calls: on a busy machine a second thread would wait for a core at each barrier."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_same_stats(ours, other, outputs=ALL):
+    """Two fp32 runs that sum in another order. lse and mean_logit are sums relative to the maximum, and carry its size."""
+    for name in outputs:
+        a, b = getattr(ours, name), getattr(other, name)
+        if a.dtype == torch.bool:
+            assert torch.equal(a, b), name
+            continue
+        scale = (
+            torch.ones_like(a) if other.lse is None else other.lse.abs() if name in ("lse", "mean_logit") else a.abs()
+        )
+        assert ((a - b).abs() <= NATS * (1 + scale)).all(), name
 
 
 @QUICK
@@ -96,11 +119,7 @@ def test_the_order_of_the_vocabulary_changes_nothing(seed, n, v, scale):
     shuffled_labels = torch.argsort(order)[labels]
     inputs = [logits.clone().requires_grad_(), logits[:, order].clone().requires_grad_()]
     both = [token_stats(x, y, outputs=ALL) for x, y in zip(inputs, (labels, shuffled_labels), strict=True)]
-    for name, a, b in zip(ALL, *both, strict=True):
-        if a.dtype == torch.bool:
-            assert torch.equal(a, b)
-        else:
-            assert ((a - b).abs() <= NATS * (1 + a.abs())).all(), name
+    assert_same_stats(*both)
     for _x, stats in zip(inputs, both, strict=True):
         (stats.logps + stats.entropy).sum().backward()
     assert (inputs[0].grad[:, order] - inputs[1].grad).abs().max() <= NATS
@@ -122,11 +141,7 @@ def test_tiles_cut_anywhere_and_taken_in_any_order(backend, isa, seed, n, v, pie
     for a, b in order:
         tiles.fold_(logits[:, a:b], labels, a, split, Transform(), level=Level.EXTRAS, backend=backend, isa=isa)
     assert torch.equal(whole[0], split[0]) and torch.equal(whole[4], split[4])  # maximum and label: no sum, no rounding
-    for name, a, b in zip(ALL, stats_from_state(whole, ALL), stats_from_state(split, ALL), strict=True):
-        if a.dtype == torch.bool:
-            assert torch.equal(a, b)
-        else:
-            assert ((a - b).abs() <= NATS * (1 + a.abs())).all(), name
+    assert_same_stats(stats_from_state(split, ALL), stats_from_state(whole, ALL))
     # the gradient of a tile is that of its columns in the whole, bit for bit but for where a block of SIMD ends
     g = torch.randn(2, n, generator=generator)
     out, joined = torch.empty_like(logits), torch.empty_like(logits)
@@ -164,7 +179,7 @@ def test_the_budget_changes_nothing(seed, n, v, d, log_budget, half):
 
 
 @settings(max_examples=15, deadline=None)
-@given(SEEDS, st.integers(1, 40), st.integers(1, 4000), st.sampled_from([1, 2, 3, 5]))
+@given(SEEDS, st.integers(1, 40), st.integers(1, 4000), st.sampled_from([2, 3]))
 def test_the_number_of_threads_changes_nothing_at_all(seed, n, v, threads):
     generator = seeded(seed)
     logits = make_logits("trained", n, v, generator=generator)
@@ -206,13 +221,8 @@ def test_an_output_does_not_depend_on_what_else_is_asked_for(seed, n, v, outputs
     logits = make_logits("fresh", n, v, generator=generator)
     labels = make_labels(logits, generator)
     some, everything = token_stats(logits, labels, outputs=tuple(outputs)), token_stats(logits, labels, outputs=ALL)
-    for name, a, b in zip(ALL, some, everything, strict=True):
-        if name not in outputs:
-            assert a is None
-        elif a.dtype == torch.bool:
-            assert torch.equal(a, b)
-        else:
-            assert ((a - b).abs() <= NATS * (1 + b.abs())).all(), name
+    assert [name for name in ALL if getattr(some, name) is not None] == [name for name in ALL if name in outputs]
+    assert_same_stats(some, everything, outputs)
 
 
 @QUICK
@@ -227,8 +237,7 @@ def test_a_mask_is_the_same_as_the_entries_not_being_there(seed, n, v):
     full, short = logits.clone().requires_grad_(), logits[:, kept].clone().requires_grad_()
     masked = token_stats(full, kept[position], outputs=ALL, keep_mask=keep)
     without = token_stats(short, position, outputs=ALL)
-    for name, a, b in zip(ALL, masked, without, strict=True):
-        assert ((a.float() - b.float()).abs() <= NATS * (1 + b.abs())).all(), name
+    assert_same_stats(masked, without)
     for stats in (masked, without):
         (stats.logps + stats.entropy).sum().backward()
     assert (full.grad[:, ~keep] == 0).all()

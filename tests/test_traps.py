@@ -193,12 +193,21 @@ def test_confident_tokens_in_bf16(gap):
     (truth,) = gradients(lambda x: exact_stats(x, labels), [logits.double()], torch.tensor([[1.0] * 4, [0.0] * 4]))[1]
     at_label = torch.arange(4), labels
     assert (gradient[at_label] > 0).all() or gap == 20.0  # exp(-20) is below what fp32 keeps beside 1
-    # fp32 keeps s = 1 + 99 exp(-gap) to 2^-24, and bf16 then 8 bits
-    allowed = 2**-8 * truth[at_label] + 2**-23
+    # fp32 sums s = 1 + 99 exp(-gap) to a few units of 2^-24, and bf16 then keeps 8 bits
+    allowed = 2**-8 * truth[at_label] + 2**-22
     assert ((gradient[at_label].double() - truth[at_label]).abs() <= allowed).all()
 
 
-def test_a_thousand_chunks_in_bf16():
+@pytest.fixture
+def one_thread():
+    """A thousand tiny tiles: on a busy machine a second thread would wait for a core at each of their barriers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_thousand_chunks_in_bf16(one_thread):
     """Liger#1391: dW summed in bf16 over 1,024 chunks was 7.3 times worse. One tile and 1,024 must err alike."""
     hidden, weight, labels = make_head("fresh", 1024, 1024, 16, torch.bfloat16)
     g = torch.randn(2, 1024)

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: a machine that trains may have no display
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from entropy_po.evaluation.metrics import paired_interval
 
@@ -44,6 +45,7 @@ def loss_curves(curves: dict[str, Sequence[tuple[int, float]]], path: Path) -> N
         fontsize=10.5,
         loc="left",
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.01)
     _label_in_margin(axes, ends)
     _finish(figure, axes, path)
@@ -102,7 +104,7 @@ def _label_in_margin(axes, points: Sequence[tuple[str, float, float, str]]) -> N
         axes.annotate(
             name, (x, y), xytext=(1.03, height), textcoords=axes.get_yaxis_transform(), color=color, fontsize=10,
             weight="bold", va="center", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.7, "linestyle": ":"},
         )  # fmt: skip
 
 
