@@ -10,6 +10,8 @@ tolerance to choose, and none to loosen. `tests/test_reference.py` holds mutants
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -139,3 +141,18 @@ def assert_within_reference_error(
             f"ours {mine.flatten()[at].item():.9g}, exact {truth.flatten()[at].item():.9g}), "
             f"norm {norm_mine:.3g} (torch {norm_theirs:.3g}), allowed {factor} times torch's + {bits:.2g}"
         )
+
+
+def allocations(call: Callable[[], object]) -> tuple[int, int]:
+    """(peak, largest) bytes that torch's CPU allocator hands out during `call`, beside what was alive before it.
+
+    Tensors made inside a registered operator count; a TorchDispatchMode would not see them.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = largest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak, largest = max(peak, alive), max(largest, event.nbytes())
+    return peak, largest

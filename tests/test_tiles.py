@@ -189,6 +189,79 @@ def test_every_half_precision_pattern_converts_as_torch_does(backend, isa, dtype
 
 
 @pytest.mark.parametrize("backend, isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_precision_result_rounds_as_torch_does(backend, isa, dtype):
+    """With m = 0, s = 1 and logits of 0 the gradient off the label is -g: every pattern, and what lies between two."""
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    patterns = patterns[patterns.isfinite() & (patterns != 0)]  # a g of 0 is a row that nobody differentiates
+    ordered = patterns.sort().values
+    between = (ordered[1:].double() + ordered[:-1].double()) / 2  # ties, and the fp32 neighbours of ties
+    ties = between.float()
+    beyond = torch.tensor([65519.0, 65520.0, 65536.0, 1e5, 3e38, 3.4e38, 1e-8, 2e-8, 3e-8, 1e-20, torch.inf])
+    g = torch.cat(
+        [patterns, ties, torch.nextafter(ties, torch.tensor(torch.inf)), ties * (1 - 2**-23), beyond, -beyond]
+    )
+    g = torch.cat([g[g != 0], torch.tensor([torch.nan])])
+    tile = torch.zeros(len(g), 2, dtype=dtype)
+    state = new_state(len(g), Level.LOGPS, tile)
+    state[0], state[1], state[2] = 0, 1, 0
+    out = torch.empty_like(tile)
+    labels = torch.zeros(len(g), dtype=torch.int64)
+    tiles.grad_(tile, labels, 0, state, g, None, Transform(), out=out, backend=Backend.CPP, isa=isa)
+    expected = (-g).to(dtype)
+    assert torch.equal(out[:, 1].isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(out[number, 1].view(torch.int16), expected[number].view(torch.int16))
+
+
+@pytest.mark.parametrize("backend, isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_infinities_and_nan_of_half_precision_stay_what_they_are(backend, isa, dtype):
+    x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    logps = stats_from_state(
+        folded(x[:, None].contiguous(), labels, Transform(), Level.LOGPS, backend, isa), ("logps",)
+    ).logps
+    assert (logps[x.isfinite()] == 0).all() and logps[
+        ~x.isfinite()
+    ].isnan().all()  # one entry: p = 1, or no distribution
+    # beside a 0: -inf is absent, +inf and NaN spoil the row
+    pairs = torch.stack([torch.zeros_like(x), x], 1)
+    logps = stats_from_state(folded(pairs, labels, Transform(), Level.LOGPS, backend, isa), ("logps",)).logps
+    expected = torch.log_softmax(pairs.double(), -1)[:, 0]
+    assert torch.equal(logps.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    scale = expected[number].abs().clamp_min(1)
+    assert ((logps[number].double() - expected[number]).abs() <= 2**-22 * scale).all()
+
+
+@pytest.mark.parametrize("backend, isa", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_lower_level_is_the_same_fold_with_less_in_it(backend, isa, dtype):
+    x = oracles.logits_of("fresh", 4, 1100).to(dtype)
+    labels = oracles.labels_for(x.float())
+    full = folded(x, labels, Transform(), Level.EXTRAS, backend, isa)
+    eps = 64 * torch.finfo(full.dtype).eps  # 1,100 terms in another order
+    for level in (Level.LOGPS, Level.ENTROPY):
+        state = folded(x, labels, Transform(), level, backend, isa)
+        same = [0, 1, 3, 4] if level == Level.LOGPS else [0, 1, 2, 3, 4]
+        assert ((state[same] - full[same]).abs() <= eps * full[same].abs()).all()
+
+
+@pytest.mark.parametrize("backend, isa", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_upstream_gradient_is_a_gradient_of_zero(backend, isa, dtype):
+    x = torch.randn(3, 70).to(dtype)
+    labels = torch.tensor([1, 2, 3])
+    state = folded(x, labels, Transform(), Level.ENTROPY, backend, isa)
+    zero = torch.zeros(3, dtype=state.dtype)
+    for g_logp, g_ent in ((None, None), (zero, None), (None, zero), (zero, zero)):
+        out = torch.full_like(x, torch.nan)
+        tiles.grad_(x, labels, 0, state, g_logp, g_ent, Transform(), out=out, backend=Backend(backend), isa=isa)
+        assert (out == 0).all()
+
+
+@pytest.mark.parametrize("backend, isa", ISAS)
 @pytest.mark.parametrize("dtype, ulps", [(torch.float32, 2.5), (torch.float64, 2.5)])
 def test_exp_of_the_kernels(backend, isa, dtype, ulps):
     """s of the pair (0, d) is 1 + exp(d); with exp(d) as the gradient's p it is read back without the 1."""

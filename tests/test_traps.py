@@ -5,7 +5,7 @@ import torch
 from oracles import stats as exact_stats
 
 from entropy_po import linear_token_stats, reference, tiles, token_stats
-from entropy_po.testing import SCALES, assert_within_reference_error, make_head, make_labels, make_logits
+from entropy_po.testing import SCALES, allocations, assert_within_reference_error, make_head, make_labels, make_logits
 from entropy_po.tiles import Backend
 from entropy_po.types import Level, TokenStats, Transform, new_state, stats_from_state
 
@@ -22,14 +22,16 @@ def gradients(function, inputs, g):
 
 
 def check_logits(logits, labels, g=None, **options):
-    """token_stats against torch in the same dtype and against fp64: both outputs and the gradient."""
+    """token_stats against torch in the same dtype and against fp64: both outputs and the gradient. Of the gradient's
+    thousands of elements each side has its own unlucky one, so that there the factor is 4."""
     g = torch.randn(2, len(labels)) if g is None else g
     ours, (mine,) = gradients(lambda x: token_stats(x, labels, **options), [logits], g)
     theirs, (other,) = gradients(lambda x: reference.token_stats(x, labels, Transform(**options)), [logits], g)
     exact, (truth,) = gradients(lambda x: exact_stats(x, labels, **options), [logits.double()], g)
     for i, name in enumerate(("logps", "entropy")):
         assert_within_reference_error(ours[i], theirs[i], exact[i].detach(), unit=1.0, name=name)
-    assert_within_reference_error(mine, other, truth, unit=g.abs().max().item() / logits.shape[-1], name="d logits")
+    unit = g.abs().max().item() / logits.shape[-1]
+    assert_within_reference_error(mine, other, truth, factor=4, unit=unit, name="d logits")
 
 
 @pytest.mark.parametrize("v", [1, 2, 31, 127, 1000, 1001, 1025, 4099])  # SIMD width, block of 1024, one over and under
@@ -312,19 +314,6 @@ def test_non_contiguous_slices():
         assert (a - b).norm() <= 1e-6 * b.norm()
 
 
-def memory_events(call):
-    """(peak, largest) bytes that torch's CPU allocator handed out during a call, kernels' own tensors included. A
-    TorchDispatchMode would not see inside a registered operator."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = largest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak, largest = max(peak, live), max(largest, event.nbytes())
-    return peak, largest
-
-
 def test_a_frozen_head_costs_no_memory_of_its_size():
     """Liger: dW [V, D] was allocated, and computed, for a weight that wants none."""
     hidden, weight, labels = make_head("fresh", 8, 6000, 64)
@@ -334,10 +323,10 @@ def test_a_frozen_head_costs_no_memory_of_its_size():
         stats = linear_token_stats(hidden, weight, labels, workspace_bytes=200_000)
         (stats.logps + stats.entropy).sum().backward()
 
-    assert memory_events(call)[1] <= 200_000 < weight.numel() * 4
+    assert allocations(call)[1] <= 200_000 < weight.numel() * 4
     assert weight.grad is None
     weight.requires_grad_()
-    assert memory_events(call)[1] >= weight.numel() * 4  # the measurement sees a dW when there is one
+    assert allocations(call)[1] >= weight.numel() * 4  # the measurement sees a dW when there is one
 
 
 def excess_per_row(n, ignored):
@@ -350,7 +339,7 @@ def excess_per_row(n, ignored):
         stats = linear_token_stats(hidden, weight, labels, workspace_bytes=budget)
         (stats.logps + stats.entropy).sum().backward()
 
-    return (memory_events(call)[0] - budget - hidden.numel() * 4) / (hidden.numel() * 4)
+    return (allocations(call)[0] - budget - hidden.numel() * 4) / (hidden.numel() * 4)
 
 
 def test_memory_beside_the_gradient_does_not_grow_with_the_rows():
@@ -432,24 +421,21 @@ def test_inplace_backward_of_rows_that_share_memory():
     assert_within_reference_error(gradient, expected, expected.double())
 
 
-@pytest.mark.xfail(strict=True, reason="the backward operator has no autograd key: torch warns and drops the term")
-@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
 def test_a_second_derivative_is_refused_and_not_dropped():
     x = torch.randn(3, 20, requires_grad=True)
-    (gradient,) = torch.autograd.grad(token_stats(x, torch.tensor([1, 2, 3])).logps.sum(), x, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r"differentiable once|once_differentiable|not differentiable|not implemented"
-    ):
-        (gradient.square().sum() + x.sum()).backward()
+    weight = torch.randn(20, 20, requires_grad=True)
+    labels = torch.tensor([1, 2, 3])
+    for logps in (token_stats(x, labels).logps, linear_token_stats(x, weight, labels).logps):
+        with pytest.raises(RuntimeError, match="differentiable once; call backward without create_graph"):
+            torch.autograd.grad(logps.sum(), x, create_graph=True)
 
 
 @pytest.mark.xfail(strict=True, reason="a [B, S, V] slice along S is copied whole by reshape(-1, V)")
 def test_the_usual_shift_does_not_copy_the_logits():
     logits, labels = torch.randn(4, 65, 500), torch.randint(500, (4, 64))
-    assert memory_events(lambda: token_stats(logits[:, :-1], labels))[1] < logits.numel() * 4 // 8
+    assert allocations(lambda: token_stats(logits[:, :-1], labels))[1] < logits.numel() * 4 // 8
 
 
-@pytest.mark.xfail(strict=True, reason="autocast leaves float64 alone in torch.nn.functional.linear, here it does not")
 def test_autocast_leaves_float64_as_linear_does():
     hidden, weight = torch.randn(2, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):

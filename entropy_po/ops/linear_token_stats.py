@@ -84,7 +84,7 @@ def linear_token_stats(
             "[V, D] with the same D (flatten batch and sequence first)."
         )
     device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.is_autocast_enabled(device_type) and hidden_states.dtype != torch.float64:
         autocast = torch.get_autocast_dtype(device_type)
         hidden_states, weight = hidden_states.to(autocast), weight.to(autocast)
     if weight.dtype != hidden_states.dtype:
@@ -297,6 +297,7 @@ def _autograd(ctx, grad_logps, grad_entropy, *_):
     none = (None,) * (len(ctx.options) + 6)
     if not any(needs) or (grad_logps is None and grad_entropy is None):
         return none
+    schema.refuse_second_order("linear_token_stats")
     hidden, weight, bias, labels, row_temperature, keep_mask, state = ctx.saved_tensors
     grads = torch.ops.entropy_po.linear_token_stats_backward(
         grad_logps, grad_entropy, hidden, weight, bias, labels, state, row_temperature, keep_mask, *ctx.options, needs

@@ -47,3 +47,9 @@ def token_stats_from_flat(results: tuple[Tensor, ...], outputs: tuple[str, ...],
     return TokenStats(
         *(r.reshape(shape) if name in outputs else None for name, r in zip(FIELDS, results, strict=False))
     )
+
+
+def refuse_second_order(name: str) -> None:
+    """A backward that is itself recorded (create_graph=True) would drop the second-order term with a warning."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} is differentiable once; call backward without create_graph=True.")

@@ -177,6 +177,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad_logps, grad_entropy, *_):
     if not ctx.needs_input_grad[0] or (grad_logps is None and grad_entropy is None):
         return (None,) * 11
+    schema.refuse_second_order("token_stats")
     logits, labels, row_temperature, keep_mask, state = ctx.saved_tensors
     # An output that was not asked for has an empty gradient when something upstream materialised it.
     upstream = [g.contiguous() if g is not None and g.numel() else None for g in (grad_logps, grad_entropy)]
