@@ -25,7 +25,7 @@ bench: $(VENV)/dev.stamp
 
 # samples the model again and rewrites the committed preference pairs
 pairs: $(VENV)/demo.stamp
-	$(BIN)/python -m entropy_po.demo.make_pairs
+	$(BIN)/python -m entropy_po.demo.make_pairs --out entropy_po/demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -26,9 +26,9 @@ class LaunchConfig:
             raise ValueError(f"block_v={self.block_v} must be a power of two.")
 
 
-# By bytes per logit: 8 KiB of a row per block, 16 columns per thread (8 in fp64), four stages, so that 24 KiB are in flight
-# while a block is summed. With a bias and a keep mask beside it a program then needs under 96 KiB of shared memory, which
-# every GPU since 2020 has, and even the fullest accumulators stay in registers (tests/test_kernels_triton.py counts spills).
+# By bytes per logit: 8 KiB of a row per block, 16 columns per NVIDIA thread (8 in fp64), four stages, so that 24 KiB are
+# in flight while a block is summed. With a bias and a keep mask beside it a program needs under 96 KiB of shared memory,
+# and even the fullest accumulators stay in registers (tests/test_kernels_triton.py checks both). Not yet timed on a GPU.
 WIDEST = {2: LaunchConfig(4096, 8, 4), 4: LaunchConfig(2048, 4, 4), 8: LaunchConfig(1024, 4, 4)}
 
 
@@ -68,7 +68,7 @@ def transform_arguments(tile: Tensor, transform: Transform) -> dict[str, object]
 
 
 def rows_aligned(*tensors: Tensor | None) -> bool:
-    """Whether the rows of these matrices lie multiples of 16 bytes apart, which lets a thread load and store 16 at once."""
+    """Whether the rows of these matrices lie multiples of 16 bytes apart: then a thread loads and stores 16 at once."""
     return all(x is None or x.stride(0) * x.itemsize % 16 == 0 for x in tensors)
 
 

@@ -1,7 +1,8 @@
 """fold: a tile of logits [n, v] into the row state, in one read.
 
-One program owns one row and walks its columns in blocks; sums stay per lane until the row ends, so that a block costs one
-reduction, its maximum. Traffic: the tile once, 28 to 72 bytes of labels and state per row. Nothing is shared between programs.
+One program owns one row and walks its columns in blocks; sums stay per lane until the row ends, so that a block costs
+one reduction, its maximum. Traffic per row: its logits once, 40 to 72 bytes of label and state. Nothing is shared between
+programs.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def _fold_block(u, k, m, s, t, q, c, live, LEVEL: tl.constexpr):
     return m, s, t, q, c, live
 
 
-# Sizes, strides and offsets are not specialised on: no value of theirs compiles anew. What 16-byte loads need to know of the
-# strides comes as one flag, ALIGNED; of the wide pointers, from Triton's own test of their alignment.
+# Sizes, strides and offsets are not specialised on: no value of theirs compiles anew. What 16-byte loads need to know of
+# the strides comes as one flag, ALIGNED; of the wide pointers, from Triton's own test of their alignment.
 _RUNTIME = ["n_cols", "tile_stride", "state_stride", "keep_stride", "vocab_start", "ignore_index"]
 _ANY_ALIGNMENT = ["labels_ptr", "state_ptr", "row_temperature_ptr"]
 
@@ -109,8 +110,8 @@ def _fold_kernel(
         c = tl.where(lanes == 0, tl.load(state_ptr + 6 * step), 0.0)
         live = tl.where(lanes == 0, tl.load(state_ptr + 7 * step), 0.0)
 
-    # After each block m is the maximum so far and every sum is relative to it. Whole blocks go without a mask: a mask with
-    # an arbitrary width would cut 16-byte loads into single elements.
+    # After each block m is the maximum so far and every sum is relative to it. Whole blocks go without a mask: one with an
+    # arbitrary width would cut 16-byte loads into single elements.
     whole = n_cols // BLOCK_V * BLOCK_V
     for col in tl.range(0, whole, BLOCK_V, num_stages=NUM_STAGES):
         u, _ = transformed(x_ptr, col + lanes, None, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
@@ -122,8 +123,8 @@ def _fold_kernel(
         )
         m, s, t, q, c, live = _fold_block(u, k, m, s, t, q, c, live, LEVEL)
 
-    # The label's logit is read once more, alone: comparing every column with it would cost more. A label of another tile,
-    # or of no tile, is masked off and never read.
+    # The label's logit is read once more, alone: comparing every column with it would cost more. A label of another tile
+    # or of no tile is masked off and never read.
     index = label - vocab_start
     here = (index >= 0) & (index < n_cols)
     u, _ = transformed(x_ptr, index, here, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)

@@ -116,8 +116,8 @@ def _grad_kernel(
         u, slope = transformed(x_ptr, offs_v, None, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
         dz = _grad_block(u, k, m, s, mean_d, g_logp, g_ent, chain, col, lanes, index, WANT_ENTROPY)
         if NARROWS:
-            # A narrow row overlays the front of its wide one: this block lands on columns, of itself and of blocks before,
-            # that a slower warp may still have to read. It never reaches a later block.
+            # A narrow row overlays the front of its wide one: this block lands on columns of itself and of blocks
+            # before, that a slower warp may still have to read. It never reaches a later block.
             tl.debug_barrier()
         tl.store(out_ptr + offs_v, (dz * slope).to(out_dtype))
     if whole < n_cols:

@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import json
-import time
 
 import numpy as np
 import pytest
@@ -15,7 +14,9 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from entropy_po.demo import plots, run
+from entropy_po.demo import run
+from entropy_po.evaluation import plots
+from entropy_po.trainer.memory import peak_bytes, reset_peak
 
 PROMPTS = 32
 
@@ -94,14 +95,13 @@ def test_labels_are_moved_apart_in_their_order():
 
 
 def test_peak_memory_sees_what_was_freed_before_the_end():
-    with run.PeakMemory() as before:
-        pass
-    with run.PeakMemory() as memory:
-        block = np.ones(200 * 2**17)  # 200 MiB
-        time.sleep(0.1)
-        del block
-        time.sleep(0.05)
-    assert 150 < memory.mib - before.mib < 400
+    reset_peak()
+    before = peak_bytes()
+    block = np.ones(200 * 2**17)  # 200 MiB
+    del block
+    assert 150 < (peak_bytes() - before) / 2**20 < 400
+    reset_peak()
+    assert peak_bytes() < before + 100 * 2**20
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ def gradient(tile, labels, state, g_logp, g_ent, transform, out=None, config=SMA
 
 def truth_of(tile, labels, transform, g_logp, g_ent, dtype=torch.float64):
     """TokenStats and the gradient by autograd through `reference.token_stats`, everything done in `dtype`."""
-    x = tile.to(dtype).requires_grad_()
+    x = tile.to(dtype, copy=True).requires_grad_()
     acc = state_dtype(dtype)
     stats = reference.token_stats(x, labels - VOCAB_START, in_dtype(transform, acc))
     wanted = [(y, g) for y, g in ((stats.logps, g_logp), (stats.entropy, g_ent)) if g is not None]
@@ -216,7 +216,9 @@ def assert_gradient(ours, torch_same_dtype, truth, p_max, upstream, eps):
 
 
 TRANSFORMS = ("plain", "scaled", "softcap", "bias", "row_temperature", "keep_mask", "everything")
-GRID = [(dtype, name) for dtype in (torch.float32, torch.float64) for name in TRANSFORMS]
+GRID = [(torch.float32, name) for name in TRANSFORMS]
+# fp64 has its own scalars and its own polynomial.
+GRID += [(torch.float64, name) for name in ("plain", "scaled", "softcap", "everything")]
 # 16-bit tiles differ from fp32 in a load and a store, whatever the transform.
 GRID += [(dtype, name) for dtype in (torch.bfloat16, torch.float16) for name in ("plain", "scaled", "everything")]
 

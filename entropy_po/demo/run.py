@@ -13,7 +13,6 @@ import gc
 import json
 import os
 import sys
-import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -29,12 +28,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from entropy_po.demo import plots
 from entropy_po.demo.tasks import heldout_tasks, quality
+from entropy_po.evaluation import plots
 from entropy_po.evaluation.evaluate import evaluate
 from entropy_po.evaluation.pairs import accuracy, pair_logps
 from entropy_po.models import SMOLLM2, load_model, load_tokenizer
 from entropy_po.trainer import EntropyPOConfig, PreferenceTrainer
+from entropy_po.trainer.memory import peak_bytes, reset_peak
 
 BETA = 0.1
 UNTRAINED = "untrained"
@@ -161,38 +161,13 @@ def train(model, tokenizer, pairs: list[dict], name: str, folder: Path, sizes: S
         # transformers warns about its own attribute, `is_gradient_checkpointing`, each time a trainer is made.
         warnings.simplefilter("ignore", FutureWarning)
         trainer = PreferenceTrainer(model, arguments, pairs, processing_class=tokenizer)
-        with PeakMemory() as memory:
-            result = trainer.train()
+        reset_peak()
+        result = trainer.train()
+        peak_memory_mib = peak_bytes() / 2**20
         trainer.save_model()
     seconds = result.metrics["train_runtime"]
-    cost = {"train_seconds": seconds, "seconds_per_step": seconds / sizes.steps, "peak_memory_mib": memory.mib}
+    cost = {"train_seconds": seconds, "seconds_per_step": seconds / sizes.steps, "peak_memory_mib": peak_memory_mib}
     return trainer.model, cost, [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
-
-
-class PeakMemory:
-    """Largest resident memory of the process inside the block, in MiB, sampled every 20 ms.
-
-    It holds the interpreter, its libraries and the weights as well as the step. The process's own high-water mark would
-    not do: it never falls, so every run after the largest would repeat it.
-    """
-
-    def __enter__(self) -> PeakMemory:
-        import psutil
-
-        self.mib, self._process, self._stop = 0.0, psutil.Process(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            self.mib = max(self.mib, self._process.memory_info().rss / 2**20)
-            if self._stop.wait(0.02):
-                return
 
 
 # column: title, format, whether its change from the untrained model is shown

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     (folder / "evaluation.md").write_text(table, encoding="utf-8")
     written = "evaluation.json, evaluation.md"
     if score is not None:
-        from entropy_po.demo.plots import quality_diversity
+        from entropy_po.evaluation.plots import quality_diversity
 
         quality_diversity({_short(name): row for name, row in rows.items()}, folder / "quality-diversity.png")
         written += ", quality-diversity.png"

@@ -1,4 +1,4 @@
-"""The demo's two pictures: loss curves, and quality against diversity."""
+"""Pictures: loss curves, and quality against diversity."""
 
 from __future__ import annotations
 
