@@ -12,6 +12,11 @@ DEFAULT_CPU_WORKSPACE = (
 MIN_TILE_SIDE = 16  # a narrower tile is a matrix-vector product: the budget is refused instead
 
 
+def slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """start .. stop in pieces of at most `size`."""
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
 @dataclass(frozen=True)
 class TilePlan:
     """Tiles of at most `rows` x `cols` over a [n, v] problem, and the workspace bytes they take."""
@@ -23,10 +28,10 @@ class TilePlan:
     workspace_bytes: int
 
     def row_slices(self) -> Iterator[slice]:
-        return (slice(i, min(i + self.rows, self.n)) for i in range(0, self.n, self.rows))
+        return slices(0, self.n, self.rows)
 
     def col_slices(self) -> Iterator[slice]:
-        return (slice(j, min(j + self.cols, self.v)) for j in range(0, self.v, self.cols))
+        return slices(0, self.v, self.cols)
 
     @property
     def one_row_tile(self) -> bool:

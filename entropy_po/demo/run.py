@@ -54,7 +54,7 @@ DATA = Path(__file__).parent
 class Sizes:
     """How much work: the full demo, or the few steps of `--quick`."""
 
-    steps: int = 16
+    steps: int = 22
     pairs_per_step: int = 8
     learning_rate: float = 4e-4
     lora_r: int = 16

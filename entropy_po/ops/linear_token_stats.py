@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from entropy_po import tiles
 from entropy_po.ops import checks, gemm, schema
+from entropy_po.ops.lm_head import LmHead, Operand
 from entropy_po.plan import DEFAULT_CPU_WORKSPACE, TilePlan, plan_tiles
-from entropy_po.types import Level, TokenStats, Transform, new_state, state_dtype, stats_from_state
+from entropy_po.types import Level, TokenStats, new_state, state_dtype, stats_from_state
 
 _INPUTS = "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor labels"
 schema.LIBRARY.define(
@@ -112,110 +110,42 @@ def linear_token_stats(
     return schema.token_stats_from_flat(results, outputs, labels.shape)
 
 
-class _Tile(NamedTuple):
-    rows: slice
-    cols: slice
-    logits: Tensor  # [n, v], fp32, ready to be folded or overwritten by its gradient
-    hidden: dict[torch.dtype, Tensor]  # [n, D], as given and as multiplied
-    weight: dict[torch.dtype, Tensor]  # [v, D], likewise
-    state: Tensor  # [5 or 8, n]
-    transform: Transform
+def _plan(head: LmHead, workspace_bytes: int) -> TilePlan:
+    return plan_tiles(
+        head.num_kept,
+        head.vocab_size,
+        head.dim,
+        element=head.arithmetic.itemsize,
+        operand_copies=head.operand_copies,
+        workspace_bytes=workspace_bytes,
+    )
 
 
-class _Problem:
-    """One call's inputs, reduced to the rows that count, with the tile loop that forward and backward share."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: tuple):
-        *flat, workspace_bytes = options
-        self.hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-        self.weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-        self.ignore_index, self.outputs, backend = flat[5], tuple(flat[6]), flat[7]
-        self.backend = tiles.resolve_backend(backend, hidden.device)
-        self.level = Level.for_outputs(self.outputs)
-        self.arithmetic = state_dtype(hidden.dtype)
-        self.scratch = gemm.Scratch(hidden.device)
-        if hidden.device.type == "cpu":
-            checks.check_label_range(labels, weight.shape[0], self.ignore_index)
-        # Rows without a label never reach a product. They are gathered tile by tile, so that no second copy of the
-        # hidden states lives; `None` is "all rows", and costs nothing.
-        kept = (labels != self.ignore_index).nonzero()[:, 0]
-        self.kept = None if kept.numel() == labels.numel() else kept
-        self.labels = labels.contiguous() if self.kept is None else labels[kept]
-        transform = schema.transform_from_options(tuple(flat), bias)
-        self.transform = transform if self.kept is None else _rows_of(transform, kept)
-        self.plan: TilePlan = plan_tiles(
-            self.labels.numel(),
-            weight.shape[0],
-            weight.shape[1],
-            element=self.arithmetic.itemsize,
-            operand_copies=gemm.operand_copies(hidden.dtype, hidden.device, hidden.shape[1]),
-            workspace_bytes=workspace_bytes,
-        )
-
-    def tiles(self, state: Tensor) -> Iterator[_Tile]:
-        """Every tile of the logits. Columns are the outer loop: a weight tile is converted once per call, and dW is
-        finished tile by tile, so that its fp32 sum is never larger than a tile's columns."""
-        if self.labels.numel() == 0:
-            return
-        for cols in self.plan.col_slices():
-            weight = self.weight[cols]
-            weight_operand = gemm.operand(weight, "weight", self.scratch)
-            for rows in self.plan.row_slices():
-                hidden = self.hidden[rows] if self.kept is None else self.hidden[self.kept[rows]]
-                hidden_operand = gemm.operand(hidden, "hidden", self.scratch)
-                out = self.scratch("tile", (hidden.shape[0], weight.shape[0]), self.arithmetic)
-                yield _Tile(
-                    rows,
-                    cols,
-                    gemm.logits_tile(hidden_operand, weight_operand, out, hidden.dtype),
-                    {hidden.dtype: hidden, hidden_operand.dtype: hidden_operand},
-                    {weight.dtype: weight, weight_operand.dtype: weight_operand},
-                    state[:, rows],
-                    self.transform.tile(rows, cols, self.arithmetic),
-                )
-
-    def scatter(self, values: Tensor, n: int) -> Tensor:
-        """Values of the kept rows back among all `n` rows, 0 elsewhere."""
-        if self.kept is None:
-            return values
-        return values.new_zeros((n, *values.shape[1:])).index_copy_(0, self.kept, values)
-
-    def gather(self, per_row: Tensor | None) -> Tensor | None:
-        if per_row is None or per_row.numel() == 0:
-            return None
-        per_row = per_row.to(self.arithmetic)
-        return per_row.contiguous() if self.kept is None else per_row[self.kept]
-
-
-def _rows_of(transform: Transform, kept: Tensor) -> Transform:
-    row_temperature, keep_mask = transform.row_temperature, transform.keep_mask
-    if row_temperature is not None:
-        row_temperature = row_temperature[kept]
-    if keep_mask is not None and keep_mask.shape[0] > 1:
-        keep_mask = keep_mask[kept]
-    return replace(transform, row_temperature=row_temperature, keep_mask=keep_mask)
+def _tiles(head: LmHead, plan: TilePlan) -> Iterator[tuple[slice, slice, Operand, Operand, Tensor]]:
+    """Every tile of the logits, with its rows, columns and operands. Columns are the outer loop: a weight tile is
+    converted once per call, and dW is finished tile by tile, so that its fp32 sum is never larger than a tile's columns."""
+    if head.num_kept == 0:
+        return
+    for cols in plan.col_slices():
+        weight = head.weight_rows(cols)
+        for rows in plan.row_slices():
+            hidden = head.hidden_rows(rows)
+            out = head.scratch("tile", (rows.stop - rows.start, cols.stop - cols.start), head.arithmetic)
+            yield rows, cols, hidden, weight, head.logits(hidden, weight, out)
 
 
 def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options) -> tuple[Tensor, ...]:
-    p = _Problem(hidden, weight, bias, labels, options)
+    *options, workspace_bytes = options
+    head = LmHead(hidden, weight, bias, labels, tuple(options))
     # One column per row of the call, although only the kept rows' are used: a size that does not depend on the labels.
-    state = new_state(labels.numel(), p.level, hidden)
-    state[:, p.labels.numel() :] = 0
-    for tile in p.tiles(state):
-        tiles.fold_(
-            tile.logits,
-            p.labels[tile.rows],
-            tile.cols.start,
-            tile.state,
-            tile.transform,
-            level=p.level,
-            ignore_index=p.ignore_index,
-            backend=p.backend,
-        )
+    state = new_state(labels.numel(), head.level, hidden)
+    state[:, head.num_kept :] = 0
+    for rows, cols, _, _, tile in _tiles(head, _plan(head, workspace_bytes)):
+        head.fold_(tile, rows, cols, state)
     results = schema.empty_stats(0, [], hidden)
-    for i, value in enumerate(stats_from_state(state[:, : p.labels.numel()], p.outputs)):
+    for i, value in enumerate(stats_from_state(state[:, : head.num_kept], tuple(options[6]))):
         if value is not None:
-            results[i] = p.scatter(value, labels.numel())
+            results[i] = head.scatter(value)
     return *results, state
 
 
@@ -227,49 +157,43 @@ def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
 
 
 def _backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    *options, needs = rest
-    p = _Problem(hidden, weight, bias, labels, tuple(options))
+    *options, workspace_bytes, needs = rest
+    head = LmHead(hidden, weight, bias, labels, tuple(options))
+    plan = _plan(head, workspace_bytes)
     need_hidden, need_weight, need_bias = needs
-    g_logp, g_ent = p.gather(grad_logps), p.gather(grad_entropy)
-    n, d = p.labels.numel(), hidden.shape[1]
-    products = -(-p.plan.v // p.plan.cols)
-    grad_hidden = grad_weight = grad_bias = None
+    g_logp, g_ent = head.gather(grad_logps), head.gather(grad_entropy)
+    n = head.num_kept
+    hidden_sum = grad_weight = grad_bias = None
     if need_hidden:
-        grad_hidden = hidden.new_zeros((n, d), dtype=gemm.accumulator_dtype(hidden.dtype, products))
+        dtype = gemm.accumulator_dtype(hidden.dtype, products=-(-plan.v // plan.cols))
+        # of all rows where it is the result itself, so that the kept rows are spread in it and not copied
+        hidden_sum = hidden.new_zeros((head.num_rows if dtype == hidden.dtype else n, head.dim), dtype=dtype)
     if need_weight:
         grad_weight = (torch.empty if n else torch.zeros)(weight.shape, dtype=weight.dtype, device=weight.device)
     if need_bias:
-        grad_bias = torch.zeros(weight.shape[0], dtype=p.arithmetic, device=weight.device)
-    for tile in p.tiles(state):
-        rows, cols = tile.rows, tile.cols
-        gradient = gemm.gradient_tile(tile.logits, hidden.dtype)
-        tiles.grad_(
-            tile.logits,
-            p.labels[rows],
-            cols.start,
-            tile.state,
-            None if g_logp is None else g_logp[rows],
-            None if g_ent is None else g_ent[rows],
-            tile.transform,
-            ignore_index=p.ignore_index,
-            out=gradient,
-            backend=p.backend,
-        )
+        grad_bias = torch.zeros(head.vocab_size, dtype=head.arithmetic, device=weight.device)
+    for rows, cols, hidden_rows, weight_rows, tile in _tiles(head, plan):
+        gradient = head.grad_(tile, rows, cols, state, g_logp, g_ent)
         if need_hidden:
-            right = tile.weight[gradient.dtype]
-            gemm.add_product(grad_hidden[rows], gradient, right, cols.start == 0, p.scratch)
+            gemm.add_product(hidden_sum[rows], gradient, weight_rows.beside(gradient), cols.start == 0, head.scratch)
         if need_weight:
-            right = tile.hidden[gradient.dtype]
-            whole = p.plan.one_row_tile and gradient.dtype == weight.dtype
-            total = grad_weight[cols] if whole else p.scratch("dW", (cols.stop - cols.start, d), p.arithmetic)
-            gemm.add_product(total, gradient.t(), right, rows.start == 0, p.scratch)
+            whole = plan.one_row_tile and gradient.dtype == weight.dtype
+            shape = (cols.stop - cols.start, head.dim)
+            total = grad_weight[cols] if whole else head.scratch("dW", shape, head.arithmetic)
+            gemm.add_product(total, gradient.t(), hidden_rows.beside(gradient), rows.start == 0, head.scratch)
             if not whole and rows.stop == n:
                 grad_weight[cols] = total
         if need_bias:
-            grad_bias[cols] += gradient.sum(0, dtype=p.arithmetic)
+            grad_bias[cols] += gradient.sum(0, dtype=head.arithmetic)
+    if need_hidden:
+        if hidden_sum.dtype != hidden.dtype:
+            narrow = hidden.new_empty(hidden.shape)
+            narrow[:n] = hidden_sum
+            hidden_sum = narrow
+        head.spread_(hidden_sum, plan.rows)
     empty = hidden.new_empty(0)
     return (
-        p.scatter(grad_hidden.to(hidden.dtype), labels.numel()) if need_hidden else empty,
+        hidden_sum if need_hidden else empty,
         grad_weight if need_weight else empty.clone(),
         grad_bias.to(bias.dtype) if need_bias else empty.clone(),
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from entropy_po import tiles
 from entropy_po.ops import checks, schema
-from entropy_po.types import Level, TokenStats, Transform, new_state, state_dtype, stats_from_state
+from entropy_po.types import Level, TokenStats, new_state, state_dtype, stats_from_state
 
 _SCHEMA = f"(Tensor logits, Tensor labels, {schema.OPTIONS}, bool inplace_backward)"
 _BACKWARD = (
@@ -75,12 +78,12 @@ def token_stats(
             f"logits has shape {tuple(logits.shape)}; the last dimension is the vocabulary and needs an entry."
         )
     checks.check_labels(labels, logits.shape[:-1], logits.device)
-    flat = logits.reshape(-1, logits.shape[-1])
-    if flat.stride(-1) != 1:
-        flat = flat.contiguous()
+    rows = logits if logits.ndim > 1 else logits[None]
+    if rows.stride(-1) != 1 or (inplace_backward and _rows_overlap(rows)):
+        rows = rows.contiguous()
     transform = checks.make_transform(
-        flat.shape[0],
-        flat.shape[1],
+        labels.numel(),
+        logits.shape[-1],
         logits.device,
         temperature=temperature,
         softcap=softcap,
@@ -89,27 +92,50 @@ def token_stats(
         keep_mask=keep_mask,
     )
     options = schema.flat_options(transform, ignore_index, outputs, backend)
-    results = torch.ops.entropy_po.token_stats(flat, labels.reshape(-1), *options, inplace_backward)
+    results = torch.ops.entropy_po.token_stats(rows, labels.reshape(-1), *options, inplace_backward)
     return schema.token_stats_from_flat(results, outputs, labels.shape)
+
+
+def _rows_overlap(logits: Tensor) -> bool:
+    """Whether two rows share memory, as those of an expanded tensor do: each would overwrite the other's gradient."""
+    return any(
+        size > 1 and stride < logits.shape[-1]
+        for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True)
+    )
+
+
+def _row_blocks(logits: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of [..., V] logits as views [n, V], each with its place among all rows: one block where the rows lie at
+    even distances, else one per leading index, so that the usual shift, `logits[:, :-1]`, copies nothing."""
+    try:
+        block = logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        for part in logits:
+            yield from _row_blocks(part, start)
+            start += math.prod(part.shape[:-1])
+    else:
+        yield slice(start, start + block.shape[0]), block
 
 
 def _forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
     *_, ignore_index, outputs, backend, _ = options
     if logits.device.type == "cpu":
-        checks.check_label_range(labels, logits.shape[1], ignore_index)
+        checks.check_label_range(labels, logits.shape[-1], ignore_index)
     level = Level.for_outputs(tuple(outputs))
-    state = new_state(logits.shape[0], level, logits)
-    transform = _whole_tile(schema.transform_from_options(options), logits)
-    tiles.fold_(
-        logits,
-        labels.contiguous(),
-        0,
-        state,
-        transform,
-        level=level,
-        ignore_index=ignore_index,
-        backend=tiles.resolve_backend(backend, logits.device),
-    )
+    labels = labels.contiguous()
+    state = new_state(labels.numel(), level, logits)
+    transform = schema.transform_from_options(options)
+    for rows, block in _row_blocks(logits):
+        tiles.fold_(
+            block,
+            labels[rows],
+            0,
+            state[:, rows],
+            transform.tile(rows, slice(None), state.dtype),
+            level=level,
+            ignore_index=ignore_index,
+            backend=tiles.resolve_backend(backend, logits.device),
+        )
     stats = stats_from_state(state, tuple(outputs))
     ignored = labels == ignore_index
     results = schema.empty_stats(0, [], logits)
@@ -122,24 +148,27 @@ def _forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
 def _fake_forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
     outputs = options[6]
     rows = new_state(0, Level.for_outputs(tuple(outputs)), logits).shape[0]
-    state = logits.new_empty((rows, logits.shape[0]), dtype=state_dtype(logits.dtype))
-    return *schema.empty_stats(logits.shape[0], outputs, logits), state
+    state = logits.new_empty((rows, labels.shape[0]), dtype=state_dtype(logits.dtype))
+    return *schema.empty_stats(labels.shape[0], outputs, logits), state
 
 
 def _grad_into(out: Tensor, grad_logps, grad_entropy, logits, labels, state, *options) -> None:
     ignore_index, _, backend = options[5:8]
-    tiles.grad_(
-        logits,
-        labels.contiguous(),
-        0,
-        state,
-        grad_logps,
-        grad_entropy,
-        _whole_tile(schema.transform_from_options(options), logits),
-        ignore_index=ignore_index,
-        out=out,
-        backend=tiles.resolve_backend(backend, logits.device),
-    )
+    labels, transform = labels.contiguous(), schema.transform_from_options(options)
+    flat_out = None if out is logits else out.view(-1, logits.shape[-1])
+    for rows, block in _row_blocks(logits):
+        tiles.grad_(
+            block,
+            labels[rows],
+            0,
+            state[:, rows],
+            None if grad_logps is None else grad_logps[rows],
+            None if grad_entropy is None else grad_entropy[rows],
+            transform.tile(rows, slice(None), state.dtype),
+            ignore_index=ignore_index,
+            out=block if flat_out is None else flat_out[rows],
+            backend=tiles.resolve_backend(backend, logits.device),
+        )
 
 
 def _backward(grad_logps, grad_entropy, logits, *rest) -> Tensor:
@@ -160,10 +189,6 @@ def _backward_(grad_logps, grad_entropy, logits, *rest) -> None:
 
 def _fake_backward_(*args) -> None:
     return None
-
-
-def _whole_tile(transform: Transform, logits: Tensor) -> Transform:
-    return transform.tile(slice(None), slice(None), state_dtype(logits.dtype))
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -1,0 +1,147 @@
+"""A language-model head on one call's inputs: the tiles of its logits, and the sums of their gradients.
+
+The operators above are loops over this: which tiles, in which order, with which upstream gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_po import tiles
+from entropy_po.ops import checks, gemm, schema
+from entropy_po.types import Level, Transform, state_dtype
+
+
+class Operand(NamedTuple):
+    """Rows of hidden states or weight: as they were given, and as the logits' product takes them."""
+
+    given: Tensor
+    multiplied: Tensor
+
+    def beside(self, gradient: Tensor) -> Tensor:
+        """The one to multiply a gradient tile with."""
+        return self.given if self.given.dtype == gradient.dtype else self.multiplied
+
+
+class LmHead:
+    """hidden states [N, D], weight [V, D] and labels [N], reduced to the K rows whose label counts.
+
+    Rows without a label never reach a product. They are gathered tile by tile, so that no second copy of the hidden states
+    lives. Every row index here is one among the kept rows.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        options: tuple,
+        scratch: gemm.Scratch | None = None,
+    ):
+        self.hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+        self.weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+        self.num_rows, self.dim = hidden.shape
+        self.vocab_size = weight.shape[0]
+        self.ignore_index, outputs, backend = options[5], tuple(options[6]), options[7]
+        self.backend = tiles.resolve_backend(backend, hidden.device)
+        self.level = Level.for_outputs(outputs)
+        self.arithmetic = state_dtype(hidden.dtype)
+        self.operand_copies = gemm.operand_copies(hidden.dtype, hidden.device, self.dim)
+        self.scratch = scratch or gemm.Scratch(hidden.device)
+        if hidden.device.type == "cpu":
+            checks.check_label_range(labels, self.vocab_size, self.ignore_index)
+        kept = (labels != self.ignore_index).nonzero()[:, 0]
+        self.kept = None if kept.numel() == labels.numel() else kept  # None: all rows, which costs nothing
+        self.labels = labels.contiguous() if self.kept is None else labels[kept]
+        transform = schema.transform_from_options(options, bias)
+        self.transform = transform if self.kept is None else _rows_of(transform, kept)
+
+    @property
+    def num_kept(self) -> int:
+        return self.labels.numel()
+
+    def hidden_rows(self, rows: slice) -> Operand:
+        hidden = self.hidden[rows] if self.kept is None else self.hidden[self.kept[rows]]
+        return Operand(hidden, gemm.operand(hidden, "hidden", self.scratch))
+
+    def weight_rows(self, cols: slice) -> Operand:
+        weight = self.weight[cols]
+        return Operand(weight, gemm.operand(weight, "weight", self.scratch))
+
+    def logits(self, hidden: Operand, weight: Operand, out: Tensor) -> Tensor:
+        """The tile of raw logits, fp32 whatever the operands are, ready to be folded or overwritten by its gradient."""
+        return gemm.logits_tile(hidden.multiplied, weight.multiplied, out, self.hidden.dtype)
+
+    def fold_(self, tile: Tensor, rows: slice, cols: slice, state: Tensor) -> None:
+        tiles.fold_(
+            tile,
+            self.labels[rows],
+            cols.start,
+            state[:, rows],
+            self.transform.tile(rows, cols, self.arithmetic),
+            level=self.level,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
+        )
+
+    def grad_(
+        self, tile: Tensor, rows: slice, cols: slice, state: Tensor, g_logp: Tensor | None, g_ent: Tensor | None
+    ) -> Tensor:
+        """The tile's gradient, in the tile's memory and in the dtype that the products after it take. Upstream gradients
+        [K] in the state's dtype, or None."""
+        gradient = gemm.gradient_tile(tile, self.hidden.dtype)
+        tiles.grad_(
+            tile,
+            self.labels[rows],
+            cols.start,
+            state[:, rows],
+            None if g_logp is None else g_logp[rows],
+            None if g_ent is None else g_ent[rows],
+            self.transform.tile(rows, cols, self.arithmetic),
+            ignore_index=self.ignore_index,
+            out=gradient,
+            backend=self.backend,
+        )
+        return gradient
+
+    # ---- between the kept rows and all rows ----
+
+    def gather(self, per_row: Tensor | None) -> Tensor | None:
+        """An upstream gradient [N] at the kept rows; None stays None, and so does the empty one that torch materialises."""
+        if per_row is None or per_row.numel() == 0:
+            return None
+        per_row = per_row.to(self.arithmetic)
+        return per_row.contiguous() if self.kept is None else per_row[self.kept]
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values [K] of the kept rows among all N rows, 0 elsewhere."""
+        if self.kept is None:
+            return values
+        return values.new_zeros(self.num_rows).index_copy_(0, self.kept, values)
+
+    def spread_(self, rows: Tensor, chunk: int) -> Tensor:
+        """Of [N, D], the first K rows to their places and 0 elsewhere, in place.
+
+        From the last to the first: a kept row's place never lies before it, so nothing is overwritten unmoved.
+        """
+        if self.kept is None:
+            return rows
+        for stop in range(self.num_kept, 0, -chunk):
+            part = slice(max(0, stop - chunk), stop)
+            rows.index_copy_(0, self.kept[part], rows[part].clone())
+        ignored = torch.ones(self.num_rows, dtype=torch.bool, device=rows.device).index_fill_(0, self.kept, False)
+        return rows.index_fill_(0, ignored.nonzero()[:, 0], 0)
+
+
+def _rows_of(transform: Transform, kept: Tensor) -> Transform:
+    row_temperature, keep_mask = transform.row_temperature, transform.keep_mask
+    if row_temperature is not None:
+        row_temperature = row_temperature[kept]
+    if keep_mask is not None and keep_mask.shape[0] > 1:
+        keep_mask = keep_mask[kept]
+    return replace(transform, row_temperature=row_temperature, keep_mask=keep_mask)
