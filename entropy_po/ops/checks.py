@@ -27,6 +27,29 @@ def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}; use float32, bfloat16, float16 or float64.")
 
 
+def check_head(hidden_states: Tensor, weight: Tensor, labels: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
+    """hidden_states [N, D] and weight [V, D], as autocast would have them, checked against each other and labels [N]."""
+    hidden_name, weight_name = f"{prefix}hidden_states", f"{prefix}weight"
+    check_matrix(hidden_name, hidden_states, "[N, D]")
+    check_matrix(weight_name, weight, "[V, D]")
+    if hidden_states.ndim != 2 or weight.ndim != 2 or hidden_states.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{hidden_name} has shape {tuple(hidden_states.shape)} and {weight_name} {tuple(weight.shape)}; expected "
+            "[N, D] and [V, D] with the same D (flatten batch and sequence first)."
+        )
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type) and hidden_states.dtype != torch.float64:
+        autocast = torch.get_autocast_dtype(device_type)
+        hidden_states, weight = hidden_states.to(autocast), weight.to(autocast)
+    if weight.dtype != hidden_states.dtype:
+        raise ValueError(
+            f"{weight_name} has dtype {weight.dtype}, {hidden_name} {hidden_states.dtype}; convert one, or use autocast."
+        )
+    check_device(weight_name, weight, hidden_states.device)
+    check_labels(labels, hidden_states.shape[:1], hidden_states.device)
+    return hidden_states, weight
+
+
 def check_labels(labels: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__

@@ -53,9 +53,14 @@ def compiled_bf16() -> bool:
 
 def operand_copies(dtype: torch.dtype, device: torch.device, d: int) -> bool:
     """Whether tiles of the operands, [., d], are copied to fp32 before the product."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return not (dtype == torch.bfloat16 and d % 2 == 0 and compiled_bf16())
+    if dtype == torch.float16:
+        return True  # a gradient of 1e-8 is 0 in fp16
+    return dtype == torch.bfloat16 and device.type == "cpu" and not (d % 2 == 0 and compiled_bf16())
+
+
+def converts(dtype: torch.dtype, device: torch.device, d: int) -> bool:
+    """Whether a product into fp32 sums passes operands or results through a buffer of the weight's size."""
+    return operand_copies(dtype, device, d) or (dtype == torch.bfloat16 and device.type == "cpu")
 
 
 class Scratch:
