@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -48,6 +52,18 @@ DType dtype_from_code(int code) {
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// Fresh memory costs a fault per page when it is first written: for 200 MiB in pages of 4 KiB, 40 ms; in pages of 2 MiB, 12.
+void advise_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t first = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (address + bytes) / kPage * kPage;
+  if (last > first) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);  // a wish: an error changes nothing
+#else
+  (void)address, (void)bytes;
+#endif
 }
 
 }  // namespace
@@ -118,6 +134,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("args"), py::arg("g_logp"), py::arg("g_entropy"), py::arg("out"), py::arg("out_dtype"),
       py::arg("out_stride"), py::arg("isa") = "");
 
+  m.def("advise_huge_pages", &advise_huge_pages, "Ask the system for large pages under memory not yet written.",
+        py::arg("address"), py::arg("bytes"));
   m.def("gemm_bf16_supported", &entropy_po::gemm_bf16_supported, "Whether this processor can run gemm_bf16.");
   m.def(
       "gemm_bf16",

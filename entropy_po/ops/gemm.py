@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from entropy_po.tiles import bf16_overlay, compiled_core
+from entropy_po.tiles import bf16_overlay, compiled_core, scratch_memory
 from entropy_po.types import state_dtype
 
 _precision_lock = threading.Lock()
@@ -76,7 +76,7 @@ class Scratch:
         size = shape[0] * shape[1]
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+            buffer = self.buffers[name, dtype] = scratch_memory(size, dtype, self.device)
         return buffer[:size].view(shape)
 
 
