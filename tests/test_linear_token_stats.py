@@ -132,7 +132,8 @@ def test_real_vocabularies(vocab, dtype):
     (ours.logps @ g[0] + ours.entropy @ g[1]).backward()
     (exact[0] @ g[0].double() + exact[1] @ g[1].double()).backward()
     for x, truth in zip(inputs, exact_inputs, strict=True):
-        assert oracles.relative_error(x.grad, truth.grad) <= (1e-5 if dtype == torch.float32 else 5e-3)
+        # a bare fp32 product that reduces 151,936 columns is itself off by up to 2e-5 for one row in hundreds
+        oracles.assert_gradient(x.grad, truth.grad, upstream=g.norm(), slack=4)
 
 
 def test_a_thousand_tiles_in_bf16_cost_no_digits():
