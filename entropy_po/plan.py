@@ -180,7 +180,9 @@ def plan_sequences(
     recompute: the logits are computed twice, in tiles of any shape.
 
     Args:
-        lengths: rows of each sequence. coupled: how many consecutive ones a term of the loss reads together (2: pairs).
+        lengths: rows of each sequence.
+        coupled: how many consecutive ones a term of the loss reads together: 2 for pairs, 0 if it reads a token alone. Then
+            there are no groups, and any tile of at most `choice.tile_rows` rows will do.
         element: bytes of the arithmetic. wanted: whether any gradient is. trained: whether the weight's is.
         strategy: one of STRATEGIES. One asked for by name is obeyed, whatever the budget.
         can_defer: whether the loss sees a group through one number. anchored: a known weight on chosen rows beside it.
@@ -192,9 +194,9 @@ def plan_sequences(
         raise ValueError(f"strategy={strategy!r} is not one of {STRATEGIES}.")
     if strategy == "deferred" and not can_defer:
         raise ValueError("strategy='deferred' is for losses that see a pair through its margin alone; use 'auto'.")
-    bounds = [(i, min(i + coupled, len(lengths))) for i in range(0, len(lengths), coupled)]
+    bounds = [(i, min(i + coupled, len(lengths))) for i in range(0, len(lengths), coupled)] if coupled else []
     sizes = [sum(lengths[i:j]) for i, j in bounds]
-    longest = max(sizes, default=0)
+    longest = max(sizes, default=0) if coupled else 1
     weight_cols, budget = v, workspace_bytes
     if converts:
         weight_cols = min(v, max(MIN_TILE_SIDE, workspace_bytes // 8 // (element * d)))
@@ -204,7 +206,7 @@ def plan_sequences(
     num_long = len(sizes) if strategy == "deferred" else sum(size > rows for size in sizes)
     extra = v * d * element if trained and strategy != "resident" and num_long > (0 if anchored else 1) else 0
     rows = max(budget - extra, 0) // row_bytes
-    enough = min(MIN_TILE_ROWS[device_type] if trained else MIN_TILE_SIDE, max(sum(sizes), 1))
+    enough = min(MIN_TILE_ROWS[device_type] if trained else MIN_TILE_SIDE, max(sum(lengths), 1))
     name, why = strategy, _BY_NAME
     if not wanted:
         name, why = "recompute", _NO_GRADIENT

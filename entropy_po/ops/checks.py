@@ -59,6 +59,14 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], device: torch.device) -
     check_device("labels", labels, device)
 
 
+def check_offsets(cu_seqlens: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
+        got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else cu_seqlens
+        raise ValueError(f"cu_seqlens must be a 1-D int32 or int64 tensor of offsets, got {got!r}.")
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens is empty; it starts with 0 and ends with the number of rows.")
+
+
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the other inputs are on {device}; move it there.")

@@ -145,7 +145,6 @@ def linear_preference_loss(
     """
     hidden_states, weight = checks.check_head(hidden_states, weight, labels)
     num_pairs = _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights)
-    objective.pair_loss(torch.zeros(()), loss, label_smoothing)  # its own checks of both
     if not (isinstance(nll_coef, Real) and 0 <= nll_coef < math.inf):
         raise ValueError(f"nll_coef={nll_coef!r} must be a finite number >= 0; 0 for no anchor.")
     if reduction not in ("mean", "sum"):
@@ -196,9 +195,7 @@ def linear_preference_loss(
 
 
 def _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights) -> int:
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
-        got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else cu_seqlens
-        raise ValueError(f"cu_seqlens must be a 1-D int32 or int64 tensor of offsets, got {got!r}.")
+    checks.check_offsets(cu_seqlens)
     if cu_seqlens.numel() % 2 == 0:
         raise ValueError(
             f"cu_seqlens has {cu_seqlens.numel()} entries, for {cu_seqlens.numel() - 1} sequences; pairs need 2B + 1."
@@ -277,9 +274,8 @@ def _forward(
     )
     head = LmHead(hidden, weight, bias, labels, options)
     seqs = Sequences(head, cu_seqlens)
-    lengths = [stop - start for start, stop in zip(seqs.starts, seqs.starts[1:], strict=False)]
     plan = plan_sequences(
-        lengths,
+        seqs.host_lengths,
         head.vocab_size,
         head.dim,
         coupled=2,
@@ -454,20 +450,7 @@ def _autograd(ctx, grad_loss, *_):
     if grad_loss is None or not any(ctx.needs_input_grad[:3]):
         return nothing
     schema.refuse_second_order("linear_preference_loss")
-    grads = [
-        _scaled(saved, grad_loss, dtype) if need else None
-        for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    ]
-    return *grads, *nothing[3:]
-
-
-def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient times the upstream scalar, in its own memory unless the graph will be used again."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (saved * factor).to(dtype)
-    if factor.device.type == "cpu" and factor == 1:
-        return saved.to(dtype)
-    return saved.mul_(factor).to(dtype)
+    return *sequences.scaled(ctx, grad_loss), *nothing[3:]
 
 
 schema.LIBRARY.impl("linear_preference_loss", _forward, "CPU")

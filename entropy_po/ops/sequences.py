@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> list[int]:
         ValueError: they do not run from 0 to the number of rows without a step back.
     """
     offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != num_rows or any(b < a for a, b in itertools.pairwise(offsets)):
+    if offsets[0] != 0 or offsets[-1] != num_rows or any(b < a for a, b in pairwise(offsets)):
         shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
         raise ValueError(f"cu_seqlens={shown} must rise from 0 to the {num_rows} rows of hidden_states.")
     return offsets
@@ -51,6 +51,10 @@ class Sequences:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def host_lengths(self) -> list[int]:
+        return [stop - start for start, stop in pairwise(self.starts)]
 
     def rows(self, start: int, stop: int) -> slice:
         """The rows of sequences [start, stop)."""
@@ -204,3 +208,20 @@ class GradientSums:
 def held_dtype(dtype: torch.dtype) -> torch.dtype:
     """How a gradient is kept until its upstream scalar is known."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def scaled(ctx, factor: Tensor) -> list[Tensor | None]:
+    """The saved gradients of (hidden states, weight, bias) times the upstream scalar: in their own memory, unless the graph
+    will be used again, or is being traced."""
+    again = torch._C._autograd._get_current_graph_task_keep_graph()
+    grads = []
+    for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False):
+        if not need:
+            grads.append(None)
+            continue
+        if again or type(saved) is not Tensor:
+            saved = saved * factor
+        elif factor.device.type != "cpu" or factor != 1:  # on a GPU, to look would be to wait
+            saved.mul_(factor)
+        grads.append(saved.to(dtype))
+    return grads
