@@ -144,6 +144,7 @@ def linear_preference_loss(
     Source: arXiv 2411.07595 (H-DPO), arXiv 2602.15894 (QEMPO).
     """
     hidden_states, weight = checks.check_head(hidden_states, weight, labels)
+    checks.check_workspace(workspace_bytes)
     num_pairs = _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights)
     if not (isinstance(nll_coef, Real) and 0 <= nll_coef < math.inf):
         raise ValueError(f"nll_coef={nll_coef!r} must be a finite number >= 0; 0 for no anchor.")

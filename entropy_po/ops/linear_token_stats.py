@@ -75,6 +75,7 @@ def linear_token_stats(
     """
     outputs = checks.check_outputs(outputs)
     hidden_states, weight = checks.check_head(hidden_states, weight, labels)
+    checks.check_workspace(workspace_bytes)
     transform = checks.make_transform(
         hidden_states.shape[0],
         weight.shape[0],

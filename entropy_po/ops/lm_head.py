@@ -53,7 +53,7 @@ class LmHead:
         self.operand_copies = gemm.operand_copies(hidden.dtype, hidden.device, self.dim)
         self.scratch = gemm.Scratch(hidden.device)
         if hidden.device.type == "cpu":
-            checks.check_label_range(labels, self.vocab_size, self.ignore_index)
+            checks.check_values(labels, self.vocab_size, self.ignore_index, options[0])
         kept = (labels != self.ignore_index).nonzero()[:, 0]
         self.kept = None if kept.numel() == labels.numel() else kept  # None: all rows, which costs nothing
         self.labels = labels.contiguous() if self.kept is None else labels[kept]

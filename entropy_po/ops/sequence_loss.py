@@ -114,6 +114,7 @@ def sequence_loss(
         raise ValueError(f"outputs={outputs!r}: only logps and entropy are differentiable.")
     outputs = ("logps", "entropy") if "entropy" in outputs else ("logps",)
     hidden_states, weight = checks.check_head(hidden_states, weight, labels)
+    checks.check_workspace(workspace_bytes)
     checks.check_offsets(cu_seqlens)
     if not isinstance(coupled, int) or coupled < 0 or (coupled and (cu_seqlens.numel() - 1) % coupled):
         raise ValueError(
