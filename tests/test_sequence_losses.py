@@ -511,3 +511,15 @@ def test_tokens_alone_never_need_a_second_product():
         hidden, weight, labels, FULL, lambda b: -b.token_logps.sum(), coupled=0, workspace_bytes=1 << 16
     )
     assert output.strategy == "resident"
+
+
+def test_inside_a_compiled_function_it_runs_as_it_is():
+    hidden, weight, _, labels = problem()
+    inputs = leaves(hidden, weight)
+
+    def loss(hidden, weight):
+        return 2 * sequence_loss(2 * hidden, weight, labels, FULL, simpo, coupled=2).loss
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    for a, b in zip(torch.autograd.grad(torch.compile(loss)(*inputs), inputs), expected, strict=True):
+        assert torch.equal(a, b)

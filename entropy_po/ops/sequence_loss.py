@@ -57,7 +57,9 @@ class SequenceLossOutput(NamedTuple):
 LossFunction = Callable[[SequenceBatch], Tensor]
 
 
-@torch.compiler.disable
+# torch.compiler.disable would import the compiler, and Triton, with this package; this does at the first call, as torch's
+# own optimizers do.
+@torch._disable_dynamo
 def sequence_loss(
     hidden_states: Tensor,
     weight: Tensor,
