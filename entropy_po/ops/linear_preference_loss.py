@@ -286,7 +286,7 @@ def _forward(
         wanted=any(needs),
         can_defer=True,
         anchored=nll_coef > 0,
-        converts=gemm.converts(hidden.dtype, hidden.device, head.dim),
+        converts=gemm.converts(hidden.dtype, hidden.device),
         device_type=hidden.device.type,
     )
     _log(plan.choice.name, plan.choice.reason)

@@ -147,7 +147,7 @@ def sequence_loss(
         workspace_bytes=workspace_bytes,
         strategy=strategy,
         wanted=any(needs),
-        converts=gemm.converts(hidden_states.dtype, hidden_states.device, head.dim),
+        converts=gemm.converts(hidden_states.dtype, hidden_states.device),
         device_type=hidden_states.device.type,
     )
     batches = _Batches(head, seqs, coupled)
