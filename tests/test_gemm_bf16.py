@@ -4,7 +4,8 @@ import pytest
 import torch
 from oracles import relative_error
 
-from entropy_po.tiles import compiled_core
+from entropy_po.ops import gemm
+from entropy_po.tiles import bf16_overlay, compiled_core
 
 CORE = compiled_core()
 if CORE is None or not CORE.gemm_bf16_supported():
@@ -79,3 +80,15 @@ def test_threads_do_not_change_a_bit(layout, seed):
         torch.manual_seed(seed)
         results.append(product(layout, (500, 410, 4100), accumulate=True, threads=threads)[0])
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.skipif(not gemm.compiled_bf16(), reason="with AMX the products are the matrix library's")
+@pytest.mark.parametrize("n, v, d", [(37, 301, 45), (1, 5, 8), (9, 1, 1)])
+def test_gradients_are_added_in_fp32_and_without_scratch(n, v, d):
+    gradient = bf16_overlay(torch.empty(n, v)).copy_(torch.randn(n, v))
+    hidden, weight = stored(n, d, 3), stored(v, d, 3)
+    for left, right in ((gradient.t(), hidden), (gradient, weight)):
+        total = torch.full((left.shape[0], d), torch.nan)
+        for times in (1, 2):
+            gemm.add_product(total, left, right, first=times == 1, scratch=None)
+            assert relative_error(total, times * (left.double() @ right.double())) <= 1e-6

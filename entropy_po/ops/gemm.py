@@ -124,13 +124,17 @@ def gradient_tile(tile: Tensor, dtype: torch.dtype) -> Tensor:
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch: Scratch) -> None:
     """total (+)= left @ right. `total` of the operands' dtype takes one product; sums of several are kept in fp32.
 
-    With half-precision operands each product is rounded once, as any half-precision GEMM's result is, before it is added.
+    The compiled core adds bf16 products in fp32. Elsewhere each half-precision product is rounded once, as any
+    half-precision GEMM's result is, before it is added.
     """
     if total.dtype == left.dtype:
         if first:
             torch.mm(left, right, out=total)
         else:
             total.addmm_(left, right)
+        return
+    if left.dtype == torch.bfloat16 and left.device.type == "cpu" and compiled_bf16():
+        _compiled_product(left, right, total, accumulate=not first)
         return
     product = torch.mm(left, right, out=scratch("product", tuple(total.shape), left.dtype))
     if first:
