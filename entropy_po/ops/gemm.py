@@ -58,11 +58,6 @@ def operand_copies(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu" and not compiled_bf16()
 
 
-def converts(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a product into fp32 sums passes operands or results through a buffer of the weight's size."""
-    return operand_copies(dtype, device) or (dtype == torch.bfloat16 and device.type == "cpu")
-
-
 class Scratch:
     """Named buffers that one call reuses from tile to tile: fresh memory costs a page fault every 4 KiB, which for the
     fp32 copies of a bf16 weight would be more time than the conversion itself."""
