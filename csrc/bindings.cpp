@@ -139,18 +139,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_bf16_supported", &entropy_po::gemm_bf16_supported, "Whether this processor can run gemm_bf16.");
   m.def(
       "gemm_bf16",
-      [](uintptr_t hidden, uintptr_t weight, uintptr_t out, int64_t n, int64_t v, int64_t d, int64_t hidden_stride,
-         int64_t weight_stride, int64_t out_stride, int threads) {
+      [](uintptr_t a, uintptr_t b, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride,
+         int64_t out_stride, bool a_transposed, bool b_transposed, bool accumulate, int threads) {
         if (!entropy_po::gemm_bf16_supported()) throw std::runtime_error("gemm_bf16 needs a processor with AVX512_BF16");
-        if (d % 2 != 0) throw std::invalid_argument("gemm_bf16 needs an even D, got " + std::to_string(d));
         py::gil_scoped_release release;
-        const bool done = entropy_po::gemm_bf16({pointer<const uint16_t>(hidden), pointer<const uint16_t>(weight),
-                                                 pointer<float>(out), n, v, d, hidden_stride, weight_stride, out_stride,
-                                                 threads < 1 ? 1 : threads});
+        const bool done = entropy_po::gemm_bf16({pointer<const uint16_t>(a), pointer<const uint16_t>(b),
+                                                 pointer<float>(out), m, n, k, a_stride, b_stride, out_stride,
+                                                 a_transposed, b_transposed, accumulate, threads < 1 ? 1 : threads});
         if (!done) throw std::bad_alloc();
       },
-      py::kw_only(), py::arg("hidden"), py::arg("weight"), py::arg("out"), py::arg("n"), py::arg("v"), py::arg("d"),
-      py::arg("hidden_stride"), py::arg("weight_stride"), py::arg("out_stride"), py::arg("threads"));
+      py::kw_only(), py::arg("a"), py::arg("b"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"),
+      py::arg("a_stride"), py::arg("b_stride"), py::arg("out_stride"), py::arg("a_transposed"),
+      py::arg("b_transposed"), py::arg("accumulate"), py::arg("threads"));
 
   m.def("cpu_isas", [] {
     std::vector<std::string> names;

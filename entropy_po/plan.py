@@ -152,7 +152,7 @@ class SequencePlan:
     """How the gradients of a loss over sequences are made."""
 
     choice: Choice
-    weight_cols: int = 0  # columns per product: all, unless operands or results are converted on the way
+    weight_cols: int = 0  # columns per product: all, unless operands are converted on the way
     groups: tuple[Group, ...] = ()  # in the order they are processed; none under recompute
 
 
@@ -186,7 +186,7 @@ def plan_sequences(
         element: bytes of the arithmetic. wanted: whether any gradient is. trained: whether the weight's is.
         strategy: one of STRATEGIES. One asked for by name is obeyed, whatever the budget.
         can_defer: whether the loss sees a group through one number. anchored: a known weight on chosen rows beside it.
-        converts: whether operands or results of a product pass through a buffer, which then takes an eighth of the budget.
+        converts: whether operands of a product pass through a buffer, which then takes an eighth of the budget.
     Raises:
         ValueError: an unknown strategy, or "deferred" for a loss that cannot be.
     """

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from entropy_po.objective import EntropyObjective
-from entropy_po.ops import checks, gemm, linear_token_stats, schema, sequences
+from entropy_po.ops import checks, linear_token_stats, schema, sequences
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
 from entropy_po.plan import Choice, plan_sequences, slices
@@ -287,7 +287,7 @@ def _forward(
         wanted=any(needs),
         can_defer=True,
         anchored=nll_coef > 0,
-        converts=gemm.converts(hidden.dtype, hidden.device, head.dim),
+        converts=head.operand_copies,
         device_type=hidden.device.type,
     )
     _log(plan.choice.name, plan.choice.reason)

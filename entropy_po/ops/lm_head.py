@@ -50,7 +50,7 @@ class LmHead:
         self.backend = tiles.resolve_backend(backend, hidden.device)
         self.level = Level.for_outputs(outputs)
         self.arithmetic = state_dtype(hidden.dtype)
-        self.operand_copies = gemm.operand_copies(hidden.dtype, hidden.device, self.dim)
+        self.operand_copies = gemm.operand_copies(hidden.dtype, hidden.device)
         self.scratch = gemm.Scratch(hidden.device)
         if hidden.device.type == "cpu":
             checks.check_values(labels, self.vocab_size, self.ignore_index, options[0])

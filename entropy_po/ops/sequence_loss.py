@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_po.ops import checks, gemm, schema, sequences
+from entropy_po.ops import checks, schema, sequences
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
@@ -150,7 +150,7 @@ def sequence_loss(
         workspace_bytes=workspace_bytes,
         strategy=strategy,
         wanted=any(needs),
-        converts=gemm.converts(hidden_states.dtype, hidden_states.device, head.dim),
+        converts=head.operand_copies,
         device_type=hidden_states.device.type,
     )
     batches = _Batches(head, seqs, coupled)
