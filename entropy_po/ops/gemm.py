@@ -119,8 +119,8 @@ def gradient_tile(tile: Tensor, dtype: torch.dtype) -> Tensor:
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch: Scratch) -> None:
     """total (+)= left @ right. `total` of the operands' dtype takes one product; sums of several are kept in fp32.
 
-    The compiled core adds bf16 products in fp32. Elsewhere each half-precision product is rounded once, as any
-    half-precision GEMM's result is, before it is added.
+    CUDA and the compiled core add bf16 products in fp32. Elsewhere each is rounded once, as any bf16 GEMM's result is,
+    before it is added.
     """
     if total.dtype == left.dtype:
         if first:
@@ -130,6 +130,12 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
         return
     if left.dtype == torch.bfloat16 and left.device.type == "cpu" and compiled_bf16():
         _compiled_product(left, right, total, accumulate=not first)
+        return
+    if left.device.type == "cuda":
+        if first:
+            torch.mm(left, right, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     product = torch.mm(left, right, out=scratch("product", tuple(total.shape), left.dtype))
     if first:
