@@ -25,6 +25,7 @@ from benchmarks.harness import (
 )
 from benchmarks.peers import eager_stats, trl_logps_and_entropy
 from entropy_po import EntropyObjective, linear_preference_loss
+from entropy_po.plan import MIN_TILE_ROWS
 
 OBJECTIVE = EntropyObjective.hdpo(beta=0.1, alpha=1.1)
 MIB = 1 << 20
@@ -55,10 +56,10 @@ class Case:
     def inputs(self) -> tuple[Tensor, ...]:
         return (self.hidden, self.weight) if self.trained else (self.hidden,)
 
-    def ours(self, strategy: str = "auto") -> str:
+    def ours(self, strategy: str = "auto", workspace_bytes: int = BUDGET) -> str:
         output = linear_preference_loss(
             self.hidden, self.weight, self.labels, self.cu_seqlens, objective=OBJECTIVE, ref_logps=self.ref_logps,
-            strategy=strategy, workspace_bytes=BUDGET,
+            strategy=strategy, workspace_bytes=workspace_bytes,
         )  # fmt: skip
         torch.autograd.grad(output.loss, self.inputs)
         return output.strategy
@@ -124,10 +125,24 @@ def times(rounds: int, quick: bool) -> list[dict]:
         for dtype, limit in ((torch.float32, 1.08), (torch.bfloat16, 1.35)):
             for trained in (True, False):
                 work = tokens * d * vocab / (512 * 576 * 49152)
-                many = rounds if work < 4 else 3 if work < 20 else 2 if work < 60 else 1
-                peers = trained and tokens == 512
+                many = max(1, min(rounds, round(30 / work)))
+                peers = trained and tokens == 512 and d == 576
                 rows += measure(Case(tokens, d, vocab, dtype, trained), many, limit if trained else 1.10, peers)
     return rows
+
+
+def tile_rows() -> list[dict]:
+    """How many rows of logits a deferred tile needs to beat computing the logits twice: MIN_TILE_ROWS of entropy_po.plan."""
+    d, vocab = 576, 49152
+    case = Case(512, d, vocab, torch.float32, True)
+    candidates = {"recompute": lambda: case.ours("recompute")}
+    for rows in (64, 96, MIN_TILE_ROWS["cpu"], 256):
+        candidates[f"{rows} rows"] = lambda budget=rows * 4 * (vocab + 2 * d): case.ours("deferred", budget)
+    seconds = time_interleaved(candidates, 5)
+    facts = {"ms": {name: 1e3 * statistics.median(values) for name, values in seconds.items()}, "spread": 0.0}
+    enough = f"{MIN_TILE_ROWS['cpu']} rows"
+    value = ratio(seconds["recompute"], seconds[enough])
+    return [bar(f"{case.name}: deferred tiles of {enough}, times faster than recompute", value, 1.0, True, **facts)]
 
 
 def memory() -> list[dict]:
@@ -173,7 +188,7 @@ def main() -> None:
     if arguments.peak is not None:
         print(json.dumps(peak_of(arguments.peak)))
         return
-    rows = memory() + times(arguments.rounds, arguments.quick)
+    rows = memory() + tile_rows() + times(arguments.rounds, arguments.quick)
     command = "python -m benchmarks.preference" + (" --quick" if arguments.quick else "")
     print(write_report("preference", "The preference loss on a CPU", command, arguments.rounds, rows))
 

@@ -102,9 +102,10 @@ def _largest(fits, upper: int) -> int:
 STRATEGIES = ("auto", "resident", "deferred", "recompute")
 DEFAULT_CPU_SEQUENCE_WORKSPACE = 256 << 20
 CUDA_WORKSPACE_SHARE = 0.25  # of the memory that is free when the call begins
-# A tile of `rows` reads and writes the sum of dW once, 8 V D bytes; to recompute is one more product, 2 rows V D FLOPs.
-# Below this many rows the product is the cheaper of the two: 4 times the device's FLOPs per byte.
-MIN_TILE_ROWS = {"cpu": 64, "cuda": 1024}
+# A tile of few rows reads the weight twice, and reads and writes the sum of dW, for little arithmetic; computing the logits
+# again in square tiles costs one product more. On a CPU the two are even at about 140 rows (`python -m
+# benchmarks.preference`); the GPU's number is an estimate from its FLOPs per byte.
+MIN_TILE_ROWS = {"cpu": 160, "cuda": 1024}
 
 
 class Choice(NamedTuple):
