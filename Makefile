@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-fast lint bench pairs clean
+.PHONY: demo test test-fast lint bench gpu-check pairs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/entropy-po demo
@@ -22,6 +22,10 @@ lint: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.bars
+
+# what only a GPU can show, with the Python that has torch and triton (PYTHON=...); says so and passes where there is none
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 # samples the model again and rewrites the committed preference pairs
 pairs: $(VENV)/demo.stamp

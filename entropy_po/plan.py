@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-DEFAULT_CPU_WORKSPACE = (
-    32 << 20
-)  # from 8 to 48 MiB the time is the same; beyond, pages cost more than larger tiles save
+# On a CPU, from 8 to 48 MiB the time is the same; beyond, pages cost more than larger tiles save. A GPU's products want
+# thousands of rows and columns.
+DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE = 32 << 20, 1 << 30
 MIN_TILE_SIDE = 16  # a narrower tile is a matrix-vector product: the budget is refused instead
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 import triton
@@ -26,17 +29,34 @@ class LaunchConfig:
             raise ValueError(f"block_v={self.block_v} must be a power of two.")
 
 
-# By bytes per logit: 8 KiB of a row per block, 16 columns per NVIDIA thread (8 in fp64), four stages, so that 24 KiB are
-# in flight while a block is summed. With a bias and a keep mask beside it a program needs under 96 KiB of shared memory,
-# and even the fullest accumulators stay in registers (tests/test_kernels_triton.py checks both). Not yet timed on a GPU.
-WIDEST = {2: LaunchConfig(4096, 8, 4), 4: LaunchConfig(2048, 4, 4), 8: LaunchConfig(1024, 4, 4)}
+# Of blocks.json, by kernel and bytes per logit; "default" serves what has no entry of its own. It takes 8 KiB of a row per
+# block, 16 columns per NVIDIA thread (8 in fp64), four stages, so that 24 KiB are in flight while a block is summed. With a
+# bias and a keep mask beside it a program needs under 96 KiB of shared memory, and even the fullest accumulators stay in
+# registers (tests/test_kernels_triton.py checks both). `python -m benchmarks.gpu_tune` times others and writes the entry
+# of the device it runs on.
+BLOCKS = Path(__file__).with_name("blocks.json")
 
 
-def launch_config(n_cols: int, dtype: torch.dtype) -> LaunchConfig:
-    """The launch for a tile of this width: the widest block, or one that just holds a narrower row."""
-    widest = WIDEST[dtype.itemsize]
-    block_v = min(triton.next_power_of_2(n_cols), widest.block_v)
-    return replace(widest, block_v=block_v, num_warps=max(1, widest.num_warps * block_v // widest.block_v))
+@cache
+def _block_table() -> dict[str, dict[str, dict[str, list[int]]]]:
+    return json.loads(BLOCKS.read_text())
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The name a device goes by in blocks.json: sm_90, gfx942."""
+    if device.type != "cuda":
+        return "default"
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
+
+
+def launch_config(kernel: str, tile: Tensor) -> LaunchConfig:
+    """The launch of "fold" or "grad" for a tile: the table's block, or one that just holds a narrower row."""
+    table = _block_table()
+    block_v, num_warps, num_stages = table.get(architecture(tile.device), table["default"])[kernel][str(tile.itemsize)]
+    fitting = min(triton.next_power_of_2(tile.shape[1]), block_v)
+    return LaunchConfig(fitting, max(1, num_warps * fitting // block_v), num_stages)
 
 
 def transform_arguments(tile: Tensor, transform: Transform) -> dict[str, object]:

@@ -159,7 +159,7 @@ def fold_(
     check_last_dim_contiguous("tile", tile)
     if tile.numel() == 0:
         return
-    config = config or launch_config(tile.shape[1], tile.dtype)
+    config = config or launch_config("fold", tile)
     arguments = transform_arguments(tile, transform)
     with on_device(tile):
         _fold_kernel[(tile.shape[0],)](

@@ -151,7 +151,7 @@ def grad_(
     check_last_dim_contiguous("out", out)
     if tile.numel() == 0:
         return
-    config = config or launch_config(tile.shape[1], tile.dtype)
+    config = config or launch_config("grad", tile)
     arguments = transform_arguments(tile, transform)
     with on_device(tile):
         _grad_kernel[(tile.shape[0],)](

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entropy_po.ops import checks, gemm, schema
 from entropy_po.ops.lm_head import LmHead, Operand
-from entropy_po.plan import DEFAULT_CPU_WORKSPACE, TilePlan, plan_tiles
+from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE, TilePlan, plan_tiles
 from entropy_po.types import Level, TokenStats, new_state, state_dtype, stats_from_state
 
 _INPUTS = "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor labels"
@@ -52,7 +52,7 @@ def linear_token_stats(
             product. Under autocast both are cast to its dtype, as `torch.nn.functional.linear` does.
         labels: [N], int64, already shifted. Rows with `ignore_index` give 0 and no gradient, and are not computed.
         bias: [V], or None.
-        workspace_bytes: bound on the tile and what goes with it; None for the default of the device (32 MiB on a CPU).
+        workspace_bytes: bound on the tile and what goes with it; None for 32 MiB on a CPU and 1 GiB on a GPU.
             Beside it live the inputs, the gradients, and fp32 sums of those gradients where tiles are added into them.
         outputs, temperature, softcap, logit_scale, keep_mask, ignore_index, backend: as in `token_stats`.
 
@@ -87,7 +87,7 @@ def linear_token_stats(
         keep_mask=keep_mask,
     )
     if workspace_bytes is None:
-        workspace_bytes = DEFAULT_CPU_WORKSPACE
+        workspace_bytes = DEFAULT_CUDA_WORKSPACE if hidden_states.is_cuda else DEFAULT_CPU_WORKSPACE
     options = schema.flat_options(transform, ignore_index, outputs, backend)
     results = torch.ops.entropy_po.linear_token_stats(
         hidden_states, weight, bias, labels, *options, int(workspace_bytes)

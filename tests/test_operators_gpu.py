@@ -1,0 +1,148 @@
+"""The operators on a CUDA device, with every backend that serves it, against fp64 on the same inputs."""
+
+import itertools
+
+import oracles
+import pytest
+import torch
+from test_sequence_losses import OBJECTIVE, exact_leaves, exact_loss, leaves, simpo
+
+from entropy_po import (
+    TokenStats,
+    available_backends,
+    linear_preference_loss,
+    linear_token_stats,
+    sequence_loss,
+    token_stats,
+)
+
+pytestmark = pytest.mark.gpu
+BACKENDS = [name for name in available_backends()["cuda"] if name != "torch"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+N, D, V = 203, 64, 50_257
+CU = torch.tensor([0, 40, 81, 130, 203])
+
+
+def problem(dtype):
+    hidden = torch.randn(N, D, device="cuda").to(dtype)
+    weight = (torch.randn(V, D, device="cuda") * 0.3).to(dtype)
+    labels = torch.randint(V, (N,), device="cuda")
+    labels[::5] = -100
+    return hidden, weight, torch.randn(V, device="cuda").to(dtype), labels
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_token_stats(backend, dtype, inplace):
+    _, _, _, labels = problem(dtype)
+    logits = (torch.randn(N, V, device="cuda") * 3).to(dtype)
+    x, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    options = {"temperature": torch.rand(N, device="cuda") + 0.5, "softcap": 20.0}
+    ours = token_stats(x * 1, labels, outputs=TokenStats._fields, inplace_backward=inplace, backend=backend, **options)
+    exact = oracles.stats(truth, labels, **options)
+    oracles.assert_stats(ours, [e.detach() for e in exact], 2e-5)
+    g = torch.randn(2, N, device="cuda")
+    (ours.logps @ g[0] + ours.entropy @ g[1]).backward()
+    (exact[0] @ g[0].double() + exact[1] @ g[1].double()).backward()
+    oracles.assert_gradient(x.grad, truth.grad, upstream=g.norm(), slack=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("workspace", [None, 8 << 20])
+def test_linear_token_stats(backend, dtype, workspace):
+    data = problem(dtype)
+    inputs, exact_inputs = leaves(*data[:3]), exact_leaves(*data[:3])
+    ours = linear_token_stats(
+        inputs[0], inputs[1], data[3], bias=inputs[2], workspace_bytes=workspace, backend=backend, softcap=30.0
+    )
+    exact = oracles.stats(exact_inputs[0] @ exact_inputs[1].t(), data[3], bias=exact_inputs[2], softcap=30.0)
+    oracles.assert_stats(ours, [e.detach() for e in exact], 2e-5)
+    g = torch.randn(2, N, device="cuda")
+    (ours.logps @ g[0] + ours.entropy @ g[1]).backward()
+    (exact[0] @ g[0].double() + exact[1] @ g[1].double()).backward()
+    for x, truth in zip(inputs, exact_inputs, strict=True):
+        oracles.assert_gradient(x.grad, truth.grad, upstream=g.norm(), slack=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy, nll_coef", itertools.product(["resident", "deferred", "recompute"], [0.0, 0.3]))
+def test_linear_preference_loss(backend, dtype, strategy, nll_coef):
+    data = problem(dtype)
+    inputs, exact_inputs = leaves(*data[:3]), exact_leaves(*data[:3])
+    ref = torch.randn(2, 2, device="cuda") - 50
+    output = linear_preference_loss(
+        inputs[0], inputs[1], data[3], CU, bias=inputs[2], objective=OBJECTIVE, ref_logps=ref, nll_coef=nll_coef,
+        strategy=strategy, workspace_bytes=16 << 20, backend=backend,
+    )  # fmt: skip
+    assert output.strategy == strategy
+    exact = exact_loss(exact_inputs, data[3], ref, CU, nll_coef=nll_coef)
+    assert output.loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    (3 * output.loss).backward()
+    (3 * exact).backward()
+    for x, truth in zip(inputs, exact_inputs, strict=True):
+        oracles.assert_gradient(x.grad, truth.grad, upstream=1.0, slack=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sequence_loss(backend):
+    data = problem(torch.bfloat16)
+    inputs = leaves(*data[:3])
+    losses = []
+    for strategy in ("resident", "recompute"):
+        output = sequence_loss(
+            inputs[0], inputs[1], data[3], CU, simpo, coupled=2, bias=inputs[2], strategy=strategy, backend=backend
+        )
+        losses.append((output.loss, torch.autograd.grad(output.loss, inputs)))
+    assert losses[0][0].item() == pytest.approx(losses[1][0].item(), rel=1e-5)
+    for a, b in zip(losses[0][1], losses[1][1], strict=True):
+        assert oracles.relative_error(a, b) <= 5e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_logits_path_waits_for_nothing_and_can_be_captured(backend):
+    logits = torch.randn(64, V, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(V, (64,), device="cuda")
+    expected = token_stats(logits, labels, backend=backend)  # compiled and loaded
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        token_stats(logits, labels, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = token_stats(logits, labels, backend=backend)
+    graph.replay()
+    assert torch.equal(captured.logps, expected.logps) and torch.equal(captured.entropy, expected.entropy)
+
+
+def test_a_bad_label_is_nan_and_reads_nothing():
+    logits = torch.randn(4, V, device="cuda")
+    labels = torch.tensor([0, V, -1, 2**40], device="cuda")
+    logps = token_stats(logits, labels).logps
+    assert logps[0].isfinite() and logps[1:].isnan().all()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_peak_memory_keeps_the_budget(trained):
+    n, d, v, budget = 16_384, 256, 65_536, 128 << 20
+    hidden = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(v, d, device="cuda", dtype=torch.bfloat16, requires_grad=trained)
+    labels, cu = torch.randint(v, (n,), device="cuda"), torch.tensor([0, n // 2, n])
+    ref = torch.zeros(1, 2, device="cuda")
+
+    def run():
+        linear_preference_loss(
+            hidden, weight, labels, cu, objective=OBJECTIVE, ref_logps=ref, workspace_bytes=budget
+        ).loss.backward()
+
+    run()
+    hidden.grad = weight.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    beside = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes * trained
+    assert beside <= budget + 4 * v * d * trained + (32 << 20)  # the fp32 sum of dW
