@@ -28,7 +28,7 @@ core = Pybind11Extension(
         "csrc/tile_cpu_x86_v3.cpp",
         "csrc/tile_cpu_x86_v4.cpp",
     ],
-    depends=["csrc/gemm_bf16.h", "csrc/tile.h", "csrc/tile_cpu.h", "csrc/tile_cpu_impl.h"],
+    depends=["csrc/gemm_bf16.h", "csrc/half.h", "csrc/tile.h", "csrc/tile_args.h", "csrc/tile_cpu.h", "csrc/tile_cpu_impl.h"],
     define_macros=[("ENTROPY_PO_BUILD_FLAGS", '"' + " ".join(FLAGS + OPENMP) + '"')],
     extra_compile_args=FLAGS + OPENMP,
     extra_link_args=OPENMP,
