@@ -114,16 +114,17 @@ EP_INLINE T exp_floored(T d) {
   return scale * tail + scale;
 }
 
-// tanh(v) and its derivative from expm1(-2|v|): no cancellation near 0, and a derivative that is not 1 - tanh^2.
+// tanh(v) and its derivative from e = exp(-2|v|) and e - 1: neither cancels near 0, nor where tanh saturates.
 template <class T>
 EP_INLINE void tanh_and_slope(T v, T& tanh_v, T& slope) {
   T scale, tail;
   exp_parts(floored(T(-2) * std::fabs(v)), scale, tail);
+  const T e = scale * tail + scale;
   const T em1 = scale * tail + (scale - T(1));
   const T denominator = T(2) + em1;
   const T magnitude = -em1 / denominator;
   tanh_v = v < T(0) ? -magnitude : magnitude;
-  slope = T(4) * (em1 + T(1)) / (denominator * denominator);
+  slope = T(4) * e / (denominator * denominator);
 }
 
 // From logits to z = k * u with k > 0, for one temperature (u: the transform before k):

@@ -43,6 +43,10 @@ struct RowTransform : LogitScales<T> {
     } else {
       for (int64_t j = 0; j < n; ++j) u[j] = to<T>(x[j]);
     }
+    if (keep) {  // before the softcap: the slope at what it removes, a NaN perhaps, is 0
+      const uint8_t* keep_block = keep + col;
+      for (int64_t j = 0; j < n; ++j) u[j] = keep_block[j] ? u[j] : kMinusInf;
+    }
     if (before_tanh != T(0)) {
       for (int64_t j = 0; j < n; ++j) {
         T y, dy;
@@ -50,10 +54,6 @@ struct RowTransform : LogitScales<T> {
         u[j] = u[j] == kMinusInf ? kMinusInf : y;
         if (kSlope) slope[j] = dy;
       }
-    }
-    if (keep) {
-      const uint8_t* keep_block = keep + col;
-      for (int64_t j = 0; j < n; ++j) u[j] = keep_block[j] ? u[j] : kMinusInf;
     }
     return u;
   }

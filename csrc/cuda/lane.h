@@ -17,9 +17,10 @@
 namespace entropy_po {
 namespace ENTROPY_PO_ISA {
 
-// Loads per lane before the first use. 1,024 lanes on a multiprocessor then have 64 KiB on their way; an H200 needs about
-// 25 KiB (4.8 TB/s x 0.7 us over 132 multiprocessors).
-constexpr int kInFlight = 4;
+// Loads per lane before the first use. 1,024 lanes on a multiprocessor then have 64 KiB on their way, or 32 KiB beside the
+// registers of a softcap; an H200 needs about 25 KiB (4.8 TB/s x 0.7 us over 132 multiprocessors).
+template <bool kPlain>
+constexpr int kInFlight = kPlain ? 4 : 2;
 template <class Src>
 constexpr int kPerVector = 16 / int(sizeof(Src));
 
@@ -127,6 +128,11 @@ struct RowReader : LogitScales<T> {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) u[i] += b.x[i];
     }
+    if (keep) {  // before the softcap: the slope at what it removes, a NaN perhaps, is 0
+      const auto kept = load_cached<kCount>(keep + col);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) u[i] = kept.x[i] ? u[i] : kMinusInf;
+    }
     if (this->before_tanh != T(0)) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -135,11 +141,6 @@ struct RowReader : LogitScales<T> {
         u[i] = u[i] == kMinusInf ? kMinusInf : y;
         if (kSlope) slope[i] = dy;
       }
-    }
-    if (keep) {
-      const auto kept = load_cached<kCount>(keep + col);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) u[i] = kept.x[i] ? u[i] : kMinusInf;
     }
   }
 
@@ -182,15 +183,15 @@ EP_DEVICE void fold_values(const T* u, T k, RowState<T>& state) {
 // meets the maximum: all at once would save a comparison per vector, and need 24 more registers than there are.
 template <int kLevel, bool kWhole, class Src, class T, bool kPlain>
 EP_DEVICE void fold_vectors(const RowReader<Src, T, kPlain>& row, const Segment& part, int v, int lanes, RowState<T>& state) {
-  constexpr int n = kPerVector<Src>;
-  Vector<Src, n> raw[kInFlight];
+  constexpr int n = kPerVector<Src>, kLoads = kInFlight<kPlain>;
+  Vector<Src, n> raw[kLoads];
 #pragma unroll
-  for (int i = 0; i < kInFlight; ++i) {
+  for (int i = 0; i < kLoads; ++i) {
     const int index = v + i * lanes;
     if (kWhole || index < part.vectors) raw[i] = load_streaming(row.x + part.first_vector_column + index * n);
   }
 #pragma unroll
-  for (int i = 0; i < kInFlight; ++i) {
+  for (int i = 0; i < kLoads; ++i) {
     const int index = v + i * lanes;
     if (kWhole || index < part.vectors) {
       T u[n];
@@ -203,8 +204,9 @@ EP_DEVICE void fold_vectors(const RowReader<Src, T, kPlain>& row, const Segment&
 // After this `state` has the columns of one lane.
 template <int kLevel, class Src, class T, bool kPlain>
 EP_DEVICE void fold_lane(const RowReader<Src, T, kPlain>& row, const Segment& part, int lane, int lanes, RowState<T>& state) {
+  const int round = kInFlight<kPlain> * lanes;
   int first = 0;
-  for (; first + kInFlight * lanes <= part.vectors; first += kInFlight * lanes) {
+  for (; first + round <= part.vectors; first += round) {
     fold_vectors<kLevel, true>(row, part, first + lane, lanes, state);
   }
   if (first < part.vectors) fold_vectors<kLevel, false>(row, part, first + lane, lanes, state);

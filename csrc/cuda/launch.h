@@ -12,7 +12,9 @@
 namespace entropy_po {
 namespace ENTROPY_PO_ISA {
 
-constexpr int kMaxLanes = 512;
+// Per block. Two blocks fit a multiprocessor: 64 registers a lane, of which fp64 needs twice as many.
+template <class Src>
+constexpr int kMaxLanes = sizeof(Src) == 8 ? 256 : 512;
 constexpr int kMaxParts = 32;  // one warp merges a row
 constexpr int kSums = 6;       // m, s, t, q, c, live: what a part leaves in the workspace
 

@@ -12,7 +12,7 @@ namespace {
 
 using namespace gpu;
 
-constexpr int64_t kLaneBytes = 64;       // what a lane has on its way at once: kInFlight loads of 16 bytes
+constexpr int64_t kLaneBytes = 64;       // what a lane has on its way at once: 4 loads of 16 bytes
 constexpr int64_t kMinPartBytes = 8192;  // below this a block waits for its first load and for little else
 constexpr int64_t kBlocksPerMultiprocessor = 4;  // about what is resident
 constexpr int64_t kColumnMultiple = 64;  // parts of a row start at one alignment, that of the row
@@ -46,8 +46,9 @@ LaunchPlan plan_launch(const TileArgs& a, bool may_split) {
     parts = std::max<int64_t>(parts, 1);
   }
   const int64_t columns = ceil_div(ceil_div(a.n_cols, parts), kColumnMultiple) * kColumnMultiple;
+  const int most = a.dtype == DType::kFloat64 ? kMaxLanes<double> : kMaxLanes<float>;
   int lanes = 128;
-  while (lanes < kMaxLanes && lanes * kLaneBytes < columns * bytes) lanes *= 2;
+  while (lanes < most && lanes * kLaneBytes < columns * bytes) lanes *= 2;
   if (a.n_rows * parts > INT32_MAX) throw std::invalid_argument("a tile has at most 2^31 - 1 rows");
   return {unsigned(a.n_rows * parts), lanes, int(parts), int(columns)};
 }

@@ -108,7 +108,7 @@ EP_DEVICE void finish_row(const TileArgs& a, const RowReader<Src, T, kPlain>& re
 }
 
 template <class Src, class T, int kLevel, bool kPlain>
-__global__ void __launch_bounds__(kMaxLanes, 2)
+__global__ void __launch_bounds__(kMaxLanes<Src>, 2)
     fold_kernel(const TileArgs a, const LogitScales<T> scales, const Parts parts, T* workspace) {
   const int64_t row = parts.row();
   if (a.labels[row] == a.ignore_index) return;
@@ -138,9 +138,9 @@ __global__ void __launch_bounds__(kWarp)
 }
 
 template <class Src, class Out, class T, bool kWantEntropy, bool kPlain>
-__global__ void __launch_bounds__(kMaxLanes, 2)
+__global__ void __launch_bounds__(kMaxLanes<Src>, 2)
     grad_kernel(const TileArgs a, const LogitScales<T> scales, const Parts parts) {
-  constexpr int n = kPerVector<Src>;
+  constexpr int n = kPerVector<Src>, kLoads = kInFlight<kPlain>;
   // A narrow row overlays the front of its wide one: a vector lands on columns of itself and of ones before it, that a
   // slower warp may still have to read. So each round is read by all before any is written, and the edges come last.
   constexpr bool kNarrows = sizeof(Out) < sizeof(Src);
@@ -169,16 +169,16 @@ __global__ void __launch_bounds__(kMaxLanes, 2)
   const int label = label_column(a, row);
   Src edge{};
   if (segment.edge_column >= 0) edge = reader.x[segment.edge_column];
-  for (int first = 0; first < segment.vectors; first += kInFlight * lanes) {
-    Vector<Src, n> raw[kInFlight];
+  for (int first = 0; first < segment.vectors; first += kLoads * lanes) {
+    Vector<Src, n> raw[kLoads];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       const int v = first + i * lanes + lane;
       if (v < segment.vectors) raw[i] = load_streaming(reader.x + segment.first_vector_column + v * n);
     }
     if (kNarrows) __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
+    for (int i = 0; i < kLoads; ++i) {
       const int v = first + i * lanes + lane;
       if (v < segment.vectors) {
         const int col = segment.first_vector_column + v * n;

@@ -19,14 +19,25 @@ CUDA_FLAGS += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-erro
 CUDA_FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 
 
-def build(folder: Path) -> ModuleType:
+def build(folder: Path, csrc: Path = ROOT / "csrc") -> ModuleType:
+    """The module, made in `folder`."""
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     macros = ['-DENTROPY_PO_CUDA_ARCHS="a CPU"', '-DENTROPY_PO_BUILD_FLAGS=""']
 
     def compile_one(source: tuple[str, list[str]]) -> str:
         name, flags = source
         out = str(folder / f"{Path(name).name}.o")
-        command = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", *flags, "-c", str(ROOT / "csrc" / name), "-o", out]
+        command = [
+            "g++",
+            "-std=c++17",
+            "-fPIC",
+            "-fvisibility=hidden",
+            *flags,
+            "-c",
+            str(csrc / name),
+            "-o",
+            out,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:8000]
         return out
