@@ -4,8 +4,8 @@ The core is compiled against nothing but pybind11: raw pointers cross the bounda
 Each instruction set is one translation unit that sets its own target; the flags here are the platform's baseline.
 Without a working compiler the install still succeeds and the package runs on plain torch, saying so at first use.
 
-The CUDA kernels come with it where nvcc is found (CUDA_HOME, then PATH): the runtime is linked statically, and the module
-imports where there is no driver. ENTROPY_PO_CUDA=1 makes it an error if they cannot be built, =0 leaves them out.
+The CUDA kernels come with it where nvcc is found (in CUDA_HOME if that is set, else on PATH). Their runtime is linked
+statically: the module imports where there is no driver. ENTROPY_PO_CUDA=1 makes it an error if they cannot be built, =0 leaves them out.
 """
 
 import os

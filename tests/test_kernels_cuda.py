@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,7 +172,7 @@ def test_the_host_run_sees_a_missing_barrier(barrier, tmp_path, monkeypatch, gen
     header = source / "cuda" / "tile_cuda_impl.h"
     text = header.read_text()
     assert text.count(barrier) == 1
-    header.write_text(text.replace(barrier, barrier.replace("__syncthreads();", ";")))
+    header.write_text(text.replace(barrier, barrier.replace("__syncthreads();", "{}")))
     broken = use(build.build(tmp_path, source), monkeypatch)
     n, v = 4, 9000
     x, labels = randn(gen, n, v, dtype=torch.float32), torch.tensor([1, 2, 3, 4])
@@ -185,6 +185,11 @@ def test_the_host_run_sees_a_missing_barrier(barrier, tmp_path, monkeypatch, gen
     folds = torch.allclose(state, expected, rtol=1e-4, atol=1e-4)
     narrows = torch.allclose(tiles.bf16_overlay(x).float(), wide, rtol=0.02, atol=1e-6)
     assert not (folds and narrows)
+
+
+@built_with_cuda
+def test_the_module_needs_no_cuda_library_to_be_loaded():
+    assert b"libcudart.so" not in Path(tiles.compiled_core().__file__).read_bytes()
 
 
 @built_with_cuda
@@ -267,6 +272,7 @@ def tool(*arguments):
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+@cache
 def resources():
     """{arch: {kernel: {registers, shared, spilled}}} of the built module."""
     report, arch, name = {}, None, None
@@ -281,6 +287,7 @@ def resources():
     return report
 
 
+@cache
 def listings(arch):
     """{kernel: [(address, instruction)]} of the built module."""
     kernels = {}
