@@ -132,21 +132,22 @@ PYBIND11_MODULE(_C, m) {
       py::arg("out_stride"), py::arg("isa") = "");
 
 #ifdef ENTROPY_PO_CUDA_ARCHS
-  m.def("cuda_fold_workspace", &entropy_po::cuda_fold_workspace, py::arg("args"));
+  m.def("cuda_fold_workspace", &entropy_po::cuda_fold_workspace, py::arg("args"), py::arg("device"));
   m.def(
       "cuda_fold",
-      [](const TileArgs& args, int level, uintptr_t workspace, uintptr_t stream) {
-        entropy_po::cuda_fold(with_level(args, level), pointer<void>(workspace), pointer<void>(stream));
+      [](const TileArgs& args, int level, uintptr_t workspace, int device, uintptr_t stream) {
+        entropy_po::cuda_fold(with_level(args, level), pointer<void>(workspace), device, pointer<void>(stream));
       },
-      py::arg("args"), py::arg("level"), py::arg("workspace"), py::arg("stream"));
+      py::arg("args"), py::arg("level"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
   m.def(
       "cuda_grad",
       [](const TileArgs& args, uintptr_t g_logp, uintptr_t g_entropy, uintptr_t out, int out_dtype, int64_t out_stride,
-         uintptr_t stream) {
-        entropy_po::cuda_grad(with_gradient(args, g_logp, g_entropy, out, out_dtype, out_stride), pointer<void>(stream));
+         int device, uintptr_t stream) {
+        const TileArgs a = with_gradient(args, g_logp, g_entropy, out, out_dtype, out_stride);
+        entropy_po::cuda_grad(a, device, pointer<void>(stream));
       },
       py::arg("args"), py::arg("g_logp"), py::arg("g_entropy"), py::arg("out"), py::arg("out_dtype"),
-      py::arg("out_stride"), py::arg("stream"));
+      py::arg("out_stride"), py::arg("device"), py::arg("stream"));
 #endif
 
   m.def("gemm_bf16_supported", &entropy_po::gemm_bf16_supported, "Whether this processor can run gemm_bf16.");

@@ -11,8 +11,6 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from functools import cache
 from types import ModuleType
@@ -175,9 +173,9 @@ def fold_(
         compiled_core().fold(_tile_args(tile, labels, vocab_start, state, transform, ignore_index), int(level), isa)
     elif backend is Backend.CUDA:
         args = _tile_args(tile, labels, vocab_start, state, transform, ignore_index)
-        with _launching_on(tile.device) as stream:
-            workspace = tile.new_empty(compiled_core().cuda_fold_workspace(args), dtype=torch.uint8)
-            compiled_core().cuda_fold(args, int(level), workspace.data_ptr(), stream)
+        device, stream = _cuda_stream(tile)
+        workspace = tile.new_empty(compiled_core().cuda_fold_workspace(args, device), dtype=torch.uint8)
+        compiled_core().cuda_fold(args, int(level), workspace.data_ptr(), device, stream)
     elif backend is Backend.TRITON:
         triton_kernels().fold_(tile, labels, vocab_start, state, transform, level=level, ignore_index=ignore_index)
     else:
@@ -209,8 +207,7 @@ def grad_(
         if backend is Backend.CPP:
             compiled_core().grad(args, *rest, isa)
         else:
-            with _launching_on(tile.device) as stream:
-                compiled_core().cuda_grad(args, *rest, stream)
+            compiled_core().cuda_grad(args, *rest, *_cuda_stream(tile))
     elif backend is Backend.TRITON:
         triton_kernels().grad_(
             tile, labels, vocab_start, state, g_logp, g_ent, transform, ignore_index=ignore_index, out=out
@@ -224,11 +221,9 @@ def bf16_overlay(tile: Tensor) -> Tensor:
     return tile.view(torch.bfloat16)[:, : tile.shape[1]]
 
 
-@contextmanager
-def _launching_on(device: torch.device) -> Iterator[int]:
-    """The CUDA stream to launch on; a launch goes to the current device, which need not be the tensor's."""
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream(device).cuda_stream
+def _cuda_stream(tile: Tensor) -> tuple[int, int]:
+    """The tile's device, and the handle of torch's current stream there."""
+    return tile.device.index, torch.cuda.current_stream(tile.device).cuda_stream
 
 
 def _check_last_dim_contiguous(name: str, tensor: Tensor) -> None:

@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import subprocess
-from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,13 +46,8 @@ def host_core(tmp_path_factory):
 
 def use(core, monkeypatch):
     """Have the tile interface call this core, on CPU tensors."""
-
-    @contextmanager
-    def no_stream(device):
-        yield 0
-
     monkeypatch.setattr(tiles, "compiled_core", lambda: core)
-    monkeypatch.setattr(tiles, "_launching_on", no_stream)
+    monkeypatch.setattr(tiles, "_cuda_stream", lambda tile: (0, 0))
     backend = {"backend": Backend.CUDA}
     return SimpleNamespace(fold_=partial(tiles.fold_, **backend), grad_=partial(tiles.grad_, **backend))
 
@@ -81,7 +75,7 @@ def test_a_few_long_rows_are_split_over_blocks(kernels, gen, dtype):
     g_logp, g_ent = randn(gen, 2, n, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     state = new_state(n, Level.EXTRAS, x)
     args = tiles._tile_args(x, labels, 0, state, Transform(), -100)
-    assert tiles.compiled_core().cuda_fold_workspace(args) >= n * 2 * 6 * 4
+    assert tiles.compiled_core().cuda_fold_workspace(args, 0) >= n * 2 * 6 * 4
     kernels.fold_(x, labels, 0, state, Transform(), level=Level.EXTRAS)
     truth, truth_grad = truth_of(x, labels + 1000, Transform(), g_logp, g_ent)
     for name, ours in stats_from_state(state, truth._fields)._asdict().items():
@@ -107,9 +101,8 @@ def test_split_and_whole_rows_agree_at_every_level(kernels, gen, level):
         state = new_state(n, level, x)
         args = tiles._tile_args(x, labels, 0, state, Transform(), -100)
         core = tiles.compiled_core()
-        scratch = torch.full((core.cuda_fold_workspace(args),), 255, dtype=torch.uint8, device=DEVICE)  # NaN
-        with tiles._launching_on(x.device) as stream:
-            core.cuda_fold(args, int(level), scratch.data_ptr() if workspace else 0, stream)
+        scratch = torch.full((core.cuda_fold_workspace(args, 0),), 255, dtype=torch.uint8, device=DEVICE)  # NaN
+        core.cuda_fold(args, int(level), scratch.data_ptr() if workspace else 0, *tiles._cuda_stream(x))
         states.append(state)
     torch.testing.assert_close(*states, rtol=2e-6, atol=2e-6, equal_nan=True)
     assert same_bits(states[0][:, 1], new_state(n, level, x)[:, 1]), "an ignored row was folded"
@@ -198,7 +191,7 @@ def test_where_there_is_no_driver_a_call_says_so():
     x, labels = torch.zeros(2, 6), torch.zeros(2, dtype=torch.int64)
     args = tiles._tile_args(x, labels, 0, new_state(2, Level.ENTROPY, x), Transform(), -100)
     with pytest.raises(RuntimeError, match="CUDA: "):
-        tiles.compiled_core().cuda_fold(args, 1, 0, 0)
+        tiles.compiled_core().cuda_fold(args, 1, 0, 0, 0)
 
 
 @pytest.mark.gpu

@@ -27,19 +27,33 @@ int element_bytes(DType dtype) {
   }
 }
 
-int64_t multiprocessors() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device));
+// The runtime linked in here has its own idea of the current device, which need not be torch's.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_));
+    check(cudaSetDevice(device));
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+int64_t multiprocessors(int device) {
+  int count = 0;
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
 }
 
 // One block per row, as wide as the row can feed; where that would leave half of the device idle, several. Not yet
 // measured: the numbers above are from counting bytes in flight (README.md).
-LaunchPlan plan_launch(const TileArgs& a, bool may_split) {
-  if (a.n_cols > INT32_MAX - kColumnMultiple) throw std::invalid_argument("a row of a tile has at most 2^31 - 65 columns");
+LaunchPlan plan_launch(const TileArgs& a, int device, bool may_split) {
+  if (a.n_cols > INT32_MAX - kMaxParts * kColumnMultiple) throw std::invalid_argument("n_cols is close to 2^31 or past it");
   const int64_t bytes = element_bytes(a.dtype);
-  const int64_t resident = kBlocksPerMultiprocessor * multiprocessors();
+  const int64_t resident = kBlocksPerMultiprocessor * multiprocessors(device);
   int64_t parts = 1;
   if (may_split && 2 * a.n_rows < resident) {
     parts = std::min({ceil_div(resident, a.n_rows), a.n_cols * bytes / kMinPartBytes, int64_t(kMaxParts)});
@@ -49,7 +63,7 @@ LaunchPlan plan_launch(const TileArgs& a, bool may_split) {
   const int most = a.dtype == DType::kFloat64 ? kMaxLanes<double> : kMaxLanes<float>;
   int lanes = 128;
   while (lanes < most && lanes * kLaneBytes < columns * bytes) lanes *= 2;
-  if (a.n_rows * parts > INT32_MAX) throw std::invalid_argument("a tile has at most 2^31 - 1 rows");
+  if (a.n_rows * parts > INT32_MAX) throw std::invalid_argument("n_rows is past 2^31");
   return {unsigned(a.n_rows * parts), lanes, int(parts), int(columns)};
 }
 
@@ -57,15 +71,16 @@ bool is_empty(const TileArgs& a) { return a.n_rows == 0 || a.n_cols == 0; }
 
 }  // namespace
 
-int64_t cuda_fold_workspace(const TileArgs& a) {
+int64_t cuda_fold_workspace(const TileArgs& a, int device) {
   if (is_empty(a)) return 0;
-  const LaunchPlan plan = plan_launch(a, true);
+  const LaunchPlan plan = plan_launch(a, device, true);
   return plan.parts == 1 ? 0 : int64_t(plan.blocks) * kSums * (a.dtype == DType::kFloat64 ? 8 : 4);
 }
 
-void cuda_fold(const TileArgs& a, void* workspace, void* stream_handle) {
+void cuda_fold(const TileArgs& a, void* workspace, int device, void* stream_handle) {
   if (is_empty(a)) return;
-  const LaunchPlan plan = plan_launch(a, workspace != nullptr);
+  const OnDevice on_device(device);
+  const LaunchPlan plan = plan_launch(a, device, workspace != nullptr);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   switch (a.dtype) {
     case DType::kFloat32: return fold_dtype<float, float>(a, plan, workspace, stream);
@@ -75,10 +90,11 @@ void cuda_fold(const TileArgs& a, void* workspace, void* stream_handle) {
   }
 }
 
-void cuda_grad(const TileArgs& a, void* stream_handle) {
+void cuda_grad(const TileArgs& a, int device, void* stream_handle) {
   if (is_empty(a)) return;
+  const OnDevice on_device(device);
   // A narrowed row may overlay its wide one, where only a block of its own knows what has been read.
-  const LaunchPlan plan = plan_launch(a, element_bytes(a.out_dtype) == element_bytes(a.dtype));
+  const LaunchPlan plan = plan_launch(a, device, element_bytes(a.out_dtype) == element_bytes(a.dtype));
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (a.dtype == DType::kFloat32 && a.out_dtype == DType::kBFloat16) {
     return grad_dtype<float, BFloat16, float>(a, plan, stream);
