@@ -5,7 +5,8 @@ Each instruction set is one translation unit that sets its own target; the flags
 Without a working compiler the install still succeeds and the package runs on plain torch, saying so at first use.
 
 The CUDA kernels come with it where nvcc is found (in CUDA_HOME if that is set, else on PATH). Their runtime is linked
-statically: the module imports where there is no driver. ENTROPY_PO_CUDA=1 makes it an error if they cannot be built, =0 leaves them out.
+statically: the module imports where there is no driver. ENTROPY_PO_CUDA=1 makes it an error if they cannot be built,
+=0 leaves them out.
 """
 
 import os
@@ -41,20 +42,21 @@ def find_nvcc() -> str | None:
 
 
 def nvcc_targets(nvcc: str) -> tuple[list[str], str]:
-    """The -gencode flags for what this nvcc can compile, and their names."""
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    """The -gencode flags for what this nvcc can compile, and their names; none for an old one."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
     known = {int(n) for n in re.findall(r"sm_(\d+)\b", listed)}
     archs = [arch for arch in CUDA_ARCHS if arch in known]
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    return flags, " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"])
+    targets = [(arch, f"sm_{arch}") for arch in archs] + [(arch, f"compute_{arch}") for arch in archs[-1:]]
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets], " ".join(
+        code for _, code in targets
+    )
 
 
-def cuda_library(nvcc: str) -> Path:
-    """The folder of the static runtime that belongs to this nvcc, as nvcc itself would link it."""
+def static_runtime(nvcc: str) -> Path | None:
+    """The static CUDA runtime that this nvcc itself would link."""
     plan = subprocess.run([nvcc, "--dryrun", "x.o"], capture_output=True, text=True).stderr
-    folders = [Path(folder) for folder in re.findall(r'-L"?([^"\s]+)"?', plan)]
-    return next(folder for folder in folders if (folder / "libcudart_static.a").exists())
+    folders = re.findall(r'-L"?([^"\s]+)"?', plan)
+    return next((path for folder in folders if (path := Path(folder, "libcudart_static.a")).exists()), None)
 
 
 class BuildWithCuda(build_ext):
@@ -75,6 +77,9 @@ class BuildWithCuda(build_ext):
         if nvcc is None or sys.platform == "win32":
             return "nvcc was not found"
         flags, names = nvcc_targets(nvcc)
+        runtime = static_runtime(nvcc)
+        if not flags or runtime is None:
+            return f"{nvcc} is too old" if not flags else f"{nvcc} has no libcudart_static.a"
         folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -88,7 +93,7 @@ class BuildWithCuda(build_ext):
         if any(run.returncode for run in runs):
             return "nvcc failed"
         ext.extra_objects += [str(folder / f"{stem}.o") for stem in CUDA_SOURCES]
-        ext.extra_objects.append(str(cuda_library(nvcc) / "libcudart_static.a"))
+        ext.extra_objects.append(str(runtime))
         ext.libraries += ["dl", "rt", "pthread"]
         ext.define_macros.append(("ENTROPY_PO_CUDA_ARCHS", f'"{names}"'))
         return None

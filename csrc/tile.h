@@ -148,8 +148,8 @@ struct LogitScales {
   }
 };
 
-// Row state in registers. The CPU keeps it in double: a row sums up to 10^6 terms, and this is touched once per block. A
-// GPU lane keeps its own few hundred terms in the tile's arithmetic.
+// Row state in registers. The CPU keeps it in double: a row sums up to 10^6 terms, and this is touched once per block.
+// A GPU lane keeps its own few hundred terms in the tile's arithmetic.
 template <class T>
 struct RowState {
   T m, s, t, label_d, label_z, q, c, live;

@@ -1,7 +1,7 @@
 """The CUDA C++ kernels against the fp64 specification, and what nvcc makes of them.
 
-Without a GPU the kernels, with their launches, run on the CPU (cuda_on_host). With one they run as they are, by the same
-tests, which are then marked `gpu`. Registers and instructions are read from the built module by the disassembler that
+Without a GPU the kernels, with their launches, run on the CPU (cuda_on_host). With one they run as they are, by the
+same tests, which are then marked `gpu`. Registers and instructions are read from the built module by the disassembler that
 Triton carries. `python tests/test_kernels_cuda.py` rewrites the committed table of them.
 """
 
@@ -67,7 +67,7 @@ def kernels(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_few_long_rows_are_split_over_blocks(kernels, gen, dtype):
-    """On 132 multiprocessors: 3 rows of 30,001 columns, a part without a live entry, labels in the first and last part."""
+    """3 rows of 30,001 columns on 132 multiprocessors; a part without a live entry, labels in the first and last."""
     n, v = 3, 30_001
     x = randn(gen, n, v + 3, dtype=dtype)[:, 3:] * 3  # rows at every alignment
     x[1, :9000] = -torch.inf

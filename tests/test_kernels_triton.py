@@ -56,7 +56,9 @@ SMALL = LaunchConfig(block_v=256, num_warps=1, num_stages=1)
 
 
 # The interpreter computes NaN and inf with numpy, which mentions each.
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|All-NaN|overflow):RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:(invalid value|All-NaN|overflow):RuntimeWarning")]
+if torch.cuda.is_available():
+    pytestmark.append(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """What every GPU backend of the tile interface must do, judged by the fp64 specification: tests to import.
 
-A file that imports them all gives them a fixture `kernels` with `fold_` and `grad_` as in `entropy_po.tiles`. With a GPU
-the kernels run on it; without one, on whatever that file has to run them on the CPU.
+A file that imports them all gives them a fixture `kernels` with `fold_` and `grad_` as in `entropy_po.tiles`. With a
+GPU the kernels run on it; without one, on whatever that file has to run them on the CPU.
 """
 
 import pytest

@@ -32,7 +32,8 @@ inline void check(cudaError_t error) {
 }
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), unsigned blocks, int lanes, cudaStream_t stream, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), unsigned blocks, int lanes, cudaStream_t stream,
+            const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(unsigned(lanes));

@@ -51,7 +51,7 @@ int64_t multiprocessors(int device) {
 // One block per row, as wide as the row can feed; where that would leave half of the device idle, several. Not yet
 // measured: the numbers above are from counting bytes in flight (README.md).
 LaunchPlan plan_launch(const TileArgs& a, int device, bool may_split) {
-  if (a.n_cols > INT32_MAX - kMaxParts * kColumnMultiple) throw std::invalid_argument("n_cols is close to 2^31 or past it");
+  if (a.n_cols > INT32_MAX - kMaxParts * kColumnMultiple) throw std::invalid_argument("n_cols is past 2^31 - 2049");
   const int64_t bytes = element_bytes(a.dtype);
   const int64_t resident = kBlocksPerMultiprocessor * multiprocessors(device);
   int64_t parts = 1;

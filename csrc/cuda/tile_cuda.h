@@ -1,5 +1,5 @@
 // The CUDA tile functions behind the Python binding. They launch on the given stream of the given device and return: no
-// allocation, no synchronisation, so a CUDA graph can capture them. Errors of a launch are thrown as std::runtime_error.
+// allocation, no synchronisation, so a CUDA graph can capture them. A launch that fails throws std::runtime_error.
 #pragma once
 
 #include "../tile_args.h"

@@ -27,7 +27,7 @@ EP_DEVICE RowState<T> no_columns() {
   return {Numeric<T>::kMinusInf, 0, 0, 0, 0, 0, 0, 0};
 }
 
-// Sums between lanes, through shared or global memory. What the level leaves out is not read: it costs no register before.
+// Sums between lanes, through shared or global memory. What the level leaves out is not read, so it costs nothing before.
 template <int kLevel, class T>
 EP_DEVICE void put_sums(const RowState<T>& state, T* sums) {
   sums[0] = state.m;
@@ -158,7 +158,9 @@ __global__ void __launch_bounds__(kMaxLanes<Src>, 2)
     constexpr int n_out = kPerVector<Out>;
     const Segment segment(out, begin, size, lane);
     const T zeros[n_out] = {};
-    for (int v = lane; v < segment.vectors; v += lanes) store<n_out>(out + segment.first_vector_column + v * n_out, zeros);
+    for (int v = lane; v < segment.vectors; v += lanes) {
+      store<n_out>(out + segment.first_vector_column + v * n_out, zeros);
+    }
     if (segment.edge_column >= 0) store<1>(out + segment.edge_column, zeros);
     return;
   }
@@ -225,9 +227,8 @@ void fold_dtype(const TileArgs& a, const LaunchPlan& plan, void* workspace, cuda
 template <class Src, class Out, class T>
 void grad_dtype(const TileArgs& a, const LaunchPlan& plan, cudaStream_t stream) {
   const Parts parts{plan.parts, plan.columns};
-  const bool plain = is_plain(a);
-  const auto kernel = a.g_entropy ? (plain ? grad_kernel<Src, Out, T, true, true> : grad_kernel<Src, Out, T, true, false>)
-                                  : (plain ? grad_kernel<Src, Out, T, false, true> : grad_kernel<Src, Out, T, false, false>);
+  auto kernel = is_plain(a) ? grad_kernel<Src, Out, T, false, true> : grad_kernel<Src, Out, T, false, false>;
+  if (a.g_entropy) kernel = is_plain(a) ? grad_kernel<Src, Out, T, true, true> : grad_kernel<Src, Out, T, true, false>;
   launch(kernel, plan.blocks, plan.lanes, stream, a, scales_of<T>(a), parts);
 }
 

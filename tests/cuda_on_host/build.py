@@ -1,4 +1,4 @@
-"""The compiled core with csrc/cuda running on the CPU: `build` compiles it with g++ against the headers beside this file."""
+"""The compiled core with csrc/cuda running on the CPU: compiled with g++ against the header beside this file."""
 
 import importlib.machinery
 import importlib.util
