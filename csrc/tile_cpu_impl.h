@@ -28,7 +28,7 @@ struct RowTransform : LogitScales<T> {
     if (a.row_temperature) this->divide_by(static_cast<const T*>(a.row_temperature)[row]);
   }
 
-  // u of x[0, n), columns col.. of the tile, in `u` or, where there is nothing to do, x itself; with kSlope tanh's too. A
+  // u of x[0, n), columns col.. of the tile, in `u` or, where there is nothing to do, x itself; kSlope: tanh's too. A
   // logit of -inf stays -inf under a softcap: it means "not in the vocabulary", not "minus the cap".
   template <bool kSlope, class Src>
   EP_INLINE const T* apply(const Src* x, int64_t col, int64_t n, T* u, T* slope) const {

@@ -293,10 +293,11 @@ def listings(arch):
 def hot_loop(listing):
     """The instructions of the loop with the most 16-byte loads."""
     loops = []
-    for end, what in listing:
-        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", what)
-        if target and int(target[1], 16) < end:
-            loops.append([w for a, w in listing if int(target[1], 16) <= a <= end])
+    at = {address: i for i, (address, _) in enumerate(listing)}
+    for end, (address, what) in enumerate(listing):
+        target = re.search(r"0x([0-9a-f]+)", what) if "BRA" in what else None
+        if target and int(target[1], 16) < address:
+            loops.append([instruction for _, instruction in listing[at[int(target[1], 16)] : end + 1]])
     return max(loops, key=lambda loop: (sum(is_wide_load(w) for w in loop), -len(loop)))
 
 

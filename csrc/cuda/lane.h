@@ -1,11 +1,9 @@
 // What one lane (thread) does with its share of a row: 16-byte loads, the transform, and the row mathematics of tile.h.
 //
 // A row segment is cut at 16-byte boundaries: vectors go round the lanes of a block, kInFlight of them on their way per
-// lane; what is left on either side, less than a vector each, goes to one lane per column. All of it is __device__ code
-// without a barrier in it, so tests/cuda_on_host can run it.
+// lane; what is left on either side, less than a vector each, goes to one lane per column. Nothing here waits for another
+// lane: barriers and shuffles are the kernels'.
 #pragma once
-
-#include <climits>
 
 #include "../half.h"
 #include "../tile.h"

@@ -12,7 +12,7 @@ namespace {
 
 using namespace gpu;
 
-constexpr int64_t kLaneBytes = 64;       // what a lane has on its way at once: 4 loads of 16 bytes
+constexpr int64_t kLaneBytes = 4 * 64;   // a lane's share of a row: 4 rounds of what it has on its way at once
 constexpr int64_t kMinPartBytes = 8192;  // below this a block waits for its first load and for little else
 constexpr int64_t kBlocksPerMultiprocessor = 4;  // about what is resident
 constexpr int64_t kColumnMultiple = 64;  // parts of a row start at one alignment, that of the row
@@ -48,8 +48,9 @@ int64_t multiprocessors(int device) {
   return count;
 }
 
-// One block per row, as wide as the row can feed; where that would leave half of the device idle, several. Not yet
-// measured: the numbers above are from counting bytes in flight (README.md).
+// One block per row, as wide as leaves it several rounds to read: a block begins and merges in some 1.5 us, while others
+// on the multiprocessor must keep the memory busy. Where rows would leave half of the device idle, several blocks to a
+// row. Not yet measured: the numbers above come from counting (README.md).
 LaunchPlan plan_launch(const TileArgs& a, int device, bool may_split) {
   if (a.n_cols > INT32_MAX - kMaxParts * kColumnMultiple) throw std::invalid_argument("n_cols is past 2^31 - 2049");
   const int64_t bytes = element_bytes(a.dtype);
