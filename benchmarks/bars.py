@@ -10,34 +10,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 
 import torch
 
-from benchmarks.harness import RESULTS, in_fresh_process, machine, peak_extra_bytes, ratio, spread, time_interleaved
+from benchmarks.harness import (
+    bar,
+    in_fresh_process,
+    peak_extra_bytes,
+    ratio,
+    spread,
+    time_interleaved,
+    write_report,
+)
+from benchmarks.peers import eager_stats, exact_stats, trl_logps_and_entropy
 from entropy_po import linear_token_stats, token_stats
 
 MIB = 1 << 20
-
-
-def eager_stats(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    return log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-
-
-def exact_stats(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    log_p = torch.log_softmax(logits.double(), dim=-1)
-    return log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-
-
-def bar(name: str, value: float, limit: float, at_least: bool = False, unit: str = "", **facts) -> dict:
-    held = value >= limit if at_least else value <= limit
-    row = {"bar": name, "value": value, "limit": limit, "at_least": at_least, "unit": unit, "held": held, **facts}
-    sign = ">=" if at_least else "<="
-    print(
-        f"{'ok  ' if held else 'MISS'} {name}: {value:.3g}{unit} ({sign} {limit:g}{unit})", file=sys.stderr, flush=True
-    )
-    return row
 
 
 def logits_path(rounds: int) -> list[dict]:
@@ -129,17 +117,6 @@ def hidden_path(rounds: int) -> list[dict]:
     return rows
 
 
-def trl_logps_and_entropy():
-    """TRL's fused head as its own trainers call it (32768-column tiles), or None where it is not installed."""
-    try:
-        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    except ImportError:
-        return None
-    return lambda hidden, weight, labels: ChunkedLogProbFunction.apply(
-        hidden, weight, None, labels, 1.0, 32768, None, 1.0, ("entropy",)
-    )[:2]
-
-
 def memory() -> list[dict]:
     """Peak extra memory of linear_token_stats, forward + backward, beside dH and outputs, as N grows."""
     peaks = {n: in_fresh_process("benchmarks.bars", "--peak", str(n)) for n in (1024, 16384)}
@@ -220,35 +197,6 @@ SUITES = {
 }  # fmt: skip
 
 
-def markdown(report: dict) -> str:
-    facts = report["machine"]
-    lines = [
-        "# CPU bars",
-        "",
-        f"`{report['command']}` on {facts['processor']}, {facts['threads']} threads, {facts['instruction_set']}, torch "
-        f"{facts['versions']['torch']}; medians of {report['rounds']} interleaved rounds.",
-        "",
-        "| bar | measured | wanted | held |",
-        "|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        sign = "at least" if row["at_least"] else "at most"
-        held = "yes" if row["held"] else "**no**"
-        lines.append(
-            f"| {row['bar']} | {row['value']:.3g}{row['unit']} | {sign} {row['limit']:g}{row['unit']} | {held} |"
-        )
-    lines += ["", "Milliseconds behind the ratios, with each case's interquartile spread as a share of the median:", ""]
-    lines += ["| case | times | spread |", "|---|---|---|"]
-    seen = set()
-    for row in report["rows"]:
-        case = row["bar"].rsplit(":", 1)[0]
-        if "ms" in row and case not in seen:
-            seen.add(case)
-            times = ", ".join(f"{name} {ms:.1f}" for name, ms in row["ms"].items())
-            lines.append(f"| {case} | {times} | {row['spread']:.2f} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bars", description=__doc__)
     parser.add_argument("--only", choices=SUITES, nargs="+", default=list(SUITES), help="which suites to run")
@@ -263,12 +211,7 @@ def main() -> None:
     command = "python -m benchmarks.bars" + (
         "" if len(arguments.only) == len(SUITES) else f" --only {' '.join(arguments.only)}"
     )
-    report = {"command": command, "rounds": arguments.rounds, "machine": machine(), "rows": rows}
-    folder = RESULTS / "cpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bars.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "bars.md").write_text(markdown(report))
-    print(markdown(report))
+    print(write_report("bars", "CPU bars", command, arguments.rounds, rows))
 
 
 if __name__ == "__main__":

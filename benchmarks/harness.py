@@ -73,3 +73,53 @@ def machine() -> dict[str, Any]:
         "versions": {k: v for k, v in facts["versions"].items() if v},
         "system": platform.platform(terse=True),
     }
+
+
+def bar(name: str, value: float, limit: float, at_least: bool = False, unit: str = "", **facts) -> dict:
+    held = value >= limit if at_least else value <= limit
+    row = {"bar": name, "value": value, "limit": limit, "at_least": at_least, "unit": unit, "held": held, **facts}
+    sign = ">=" if at_least else "<="
+    print(
+        f"{'ok  ' if held else 'MISS'} {name}: {value:.3g}{unit} ({sign} {limit:g}{unit})", file=sys.stderr, flush=True
+    )
+    return row
+
+
+def write_report(name: str, title: str, command: str, rounds: int, rows: list[dict]) -> str:
+    """Writes results/cpu/<name>.json and .md; returns the latter's text."""
+    report = {"command": command, "rounds": rounds, "machine": machine(), "rows": rows}
+    folder = RESULTS / "cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = markdown(title, report)
+    (folder / f"{name}.md").write_text(text)
+    return text
+
+
+def markdown(title: str, report: dict) -> str:
+    facts = report["machine"]
+    lines = [
+        f"# {title}",
+        "",
+        f"`{report['command']}` on {facts['processor']}, {facts['threads']} threads, {facts['instruction_set']}, torch "
+        f"{facts['versions']['torch']}; medians of {report['rounds']} interleaved rounds.",
+        "",
+        "| bar | measured | wanted | held |",
+        "|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        sign = "at least" if row["at_least"] else "at most"
+        held = "yes" if row["held"] else "**no**"
+        lines.append(
+            f"| {row['bar']} | {row['value']:.3g}{row['unit']} | {sign} {row['limit']:g}{row['unit']} | {held} |"
+        )
+    lines += ["", "Milliseconds behind the ratios, with each case's interquartile spread as a share of the median:", ""]
+    lines += ["| case | times | spread |", "|---|---|---|"]
+    seen = set()
+    for row in report["rows"]:
+        case = row["bar"].rsplit(":", 1)[0]
+        if "ms" in row and case not in seen:
+            seen.add(case)
+            times = ", ".join(f"{name} {ms:.1f}" for name, ms in row["ms"].items())
+            lines.append(f"| {case} | {times} | {row['spread']:.2f} |")
+    return "\n".join(lines) + "\n"

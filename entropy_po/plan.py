@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 DEFAULT_CPU_WORKSPACE = (
     32 << 20
@@ -94,3 +95,154 @@ def _largest(fits, upper: int) -> int:
         else:
             high = middle - 1
     return low
+
+
+# ---- losses over sequences ----
+
+STRATEGIES = ("auto", "resident", "deferred", "recompute")
+DEFAULT_CPU_SEQUENCE_WORKSPACE = 256 << 20
+CUDA_WORKSPACE_SHARE = 0.25  # of the memory that is free when the call begins
+# A tile of few rows reads the weight twice, and reads and writes the sum of dW, for little arithmetic; computing the logits
+# again in square tiles costs one product more. On a CPU the two are even at about 140 rows (`python -m
+# benchmarks.preference`); the GPU's number is an estimate from its FLOPs per byte.
+MIN_TILE_ROWS = {"cpu": 160, "cuda": 1024}
+
+
+class Choice(NamedTuple):
+    """The strategy that was chosen, and the numbers it was chosen by; integers, so that an operator can return it."""
+
+    strategy: int  # index into STRATEGIES
+    why: int  # index into WHY
+    longest: int  # rows of the longest group of sequences that the loss reads together
+    tile_rows: int  # rows of logits that the budget holds
+    workspace_bytes: int
+    extra_bytes: int  # of a second sum of dW
+
+    @property
+    def name(self) -> str:
+        return STRATEGIES[self.strategy]
+
+    @property
+    def reason(self) -> str:
+        return WHY[self.why].format(**self._asdict())
+
+
+WHY = (
+    "asked for by name",
+    "no gradient is wanted: one pass over the logits",
+    "the longest group, {longest} rows, is within the {tile_rows} rows of logits that {workspace_bytes} bytes hold",
+    "the longest group has {longest} rows, and {workspace_bytes} bytes hold {tile_rows} rows of logits",
+    "{workspace_bytes} bytes hold {tile_rows} rows of logits beside {extra_bytes} bytes for a second sum of dW: too few rows "
+    "to read and write that sum for",
+    "the longest group has {longest} rows, {workspace_bytes} bytes hold {tile_rows} rows of logits, and the loss does not "
+    "depend on a group through one number alone",
+)
+_BY_NAME, _NO_GRADIENT, _FITS, _LONG, _FEW_ROWS, _NOT_ONE_NUMBER = range(len(WHY))
+
+
+class Group(NamedTuple):
+    """Sequences [start, stop) whose gradients are made together: from one tile, or `deferred` over several."""
+
+    start: int
+    stop: int
+    deferred: bool = False
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """How the gradients of a loss over sequences are made."""
+
+    choice: Choice
+    weight_cols: int = 0  # columns per product: all, unless operands are converted on the way
+    groups: tuple[Group, ...] = ()  # in the order they are processed; none under recompute
+
+
+def plan_sequences(
+    lengths: Sequence[int],
+    v: int,
+    d: int,
+    *,
+    coupled: int,
+    element: int,
+    trained: bool,
+    workspace_bytes: int,
+    strategy: str = "auto",
+    wanted: bool = True,
+    can_defer: bool = False,
+    anchored: bool = False,
+    converts: bool = False,
+    device_type: str = "cpu",
+) -> SequencePlan:
+    """Choose a strategy, and pack groups of `coupled` consecutive sequences into tiles of whole rows.
+
+    resident: a group's logits are all in one tile, so its upstream gradients are known while the logits are still there.
+    deferred: a long pair takes several tiles, and its one unknown scalar is multiplied in at its end. Where the sum of dW
+    already holds another long pair's part, or chosen rows also carry a known weight, this takes one more sum [V, D].
+    recompute: the logits are computed twice, in tiles of any shape.
+
+    Args:
+        lengths: rows of each sequence.
+        coupled: how many consecutive ones a term of the loss reads together: 2 for pairs, 0 if it reads a token alone. Then
+            there are no groups, and any tile of at most `choice.tile_rows` rows will do.
+        element: bytes of the arithmetic. wanted: whether any gradient is. trained: whether the weight's is.
+        strategy: one of STRATEGIES. One asked for by name is obeyed, whatever the budget.
+        can_defer: whether the loss sees a group through one number. anchored: a known weight on chosen rows beside it.
+        converts: whether operands of a product pass through a buffer, which then takes an eighth of the budget.
+    Raises:
+        ValueError: an unknown strategy, or "deferred" for a loss that cannot be.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is not one of {STRATEGIES}.")
+    if strategy == "deferred" and not can_defer:
+        raise ValueError("strategy='deferred' is for losses that see a pair through its margin alone; use 'auto'.")
+    bounds = [(i, min(i + coupled, len(lengths))) for i in range(0, len(lengths), coupled)] if coupled else []
+    sizes = [sum(lengths[i:j]) for i, j in bounds]
+    longest = max(sizes, default=0) if coupled else 1
+    weight_cols, budget = v, workspace_bytes
+    if converts:
+        weight_cols = min(v, max(MIN_TILE_SIDE, workspace_bytes // 8 // (element * d)))
+        budget -= weight_cols * element * d
+    row_bytes = element * (v + 2 * d)  # logits; hidden states as they are multiplied; one product
+    rows = max(budget, 0) // row_bytes
+    num_long = len(sizes) if strategy == "deferred" else sum(size > rows for size in sizes)
+    extra = v * d * element if trained and strategy != "resident" and num_long > (0 if anchored else 1) else 0
+    rows = max(budget - extra, 0) // row_bytes
+    enough = min(MIN_TILE_ROWS[device_type] if trained else MIN_TILE_SIDE, max(sum(lengths), 1))
+    name, why = strategy, _BY_NAME
+    if not wanted:
+        name, why = "recompute", _NO_GRADIENT
+    elif strategy == "resident":
+        rows = max(rows, longest)
+    elif strategy == "deferred":
+        rows = max(rows, min(enough, MIN_TILE_SIDE))
+    elif strategy == "auto":
+        if num_long and not can_defer:
+            name, why = "recompute", _NOT_ONE_NUMBER
+        elif rows < enough:
+            name, why = "recompute", _FEW_ROWS
+        elif num_long:
+            name, why = "deferred", _LONG
+        else:
+            name, why = "resident", _FITS
+    choice = Choice(STRATEGIES.index(name), why, longest, rows, workspace_bytes, extra)
+    if name == "recompute":
+        return SequencePlan(choice)
+    defer = [strategy == "deferred" or size > rows for size in sizes]
+    groups = [Group(*bound, True) for bound, deferred in zip(bounds, defer, strict=True) if deferred]
+    return SequencePlan(choice, weight_cols, (*groups, *_packed(bounds, sizes, defer, rows)))
+
+
+def _packed(bounds: list[tuple[int, int]], sizes: list[int], skip: list[bool], rows: int) -> Iterator[Group]:
+    """The groups that are not skipped, neighbours together in tiles of about equal size, none above `rows`."""
+    total = sum(size for size, skipped in zip(sizes, skip, strict=True) if not skipped)
+    even = math.ceil(total / math.ceil(total / rows)) if total else rows
+    start = stop = filled = 0
+    for (first, last), size, skipped in zip(bounds, sizes, skip, strict=True):
+        if skipped or first != stop or filled >= even or filled + size > rows:
+            if stop > start:
+                yield Group(start, stop)
+            start, filled = first, 0
+        stop = start if skipped else last
+        filled += size
+    if stop > start:
+        yield Group(start, stop)

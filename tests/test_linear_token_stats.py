@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from entropy_po import TokenStats, linear_token_stats
+from entropy_po.ops import gemm
 from entropy_po.plan import plan_tiles, tile_bytes
 from entropy_po.testing import allocations
 
@@ -132,11 +133,15 @@ def test_real_vocabularies(vocab, dtype):
     (ours.logps @ g[0] + ours.entropy @ g[1]).backward()
     (exact[0] @ g[0].double() + exact[1] @ g[1].double()).backward()
     for x, truth in zip(inputs, exact_inputs, strict=True):
-        assert oracles.relative_error(x.grad, truth.grad) <= (1e-5 if dtype == torch.float32 else 5e-3)
+        # a bare fp32 product that reduces 151,936 columns is itself off by up to 2e-5 for one row in hundreds
+        oracles.assert_gradient(x.grad, truth.grad, upstream=g.norm(), slack=4)
 
 
-def test_a_thousand_tiles_in_bf16_cost_no_digits():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_thousand_tiles_in_bf16_cost_no_digits(compiled, monkeypatch):
     """linkedin/Liger-Kernel#1391: gradients summed over 1,024 chunks in bf16 were 7 times worse."""
+    if not compiled:
+        monkeypatch.setattr(gemm, "compiled_bf16", lambda: False)
     n, d, v = 512, 16, 2048
     hidden, weight, _, labels = problem(n, d, v, torch.bfloat16)
     plan = plan_tiles(n, v, d, element=4, operand_copies=True, workspace_bytes=12_000)
@@ -179,10 +184,11 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_parameters_own():
     assert inputs[1].grad.dtype == torch.float32
 
 
-def test_the_matrix_library_setting_is_left_as_it_was():
+def test_the_matrix_library_setting_is_left_as_it_was(monkeypatch):
+    monkeypatch.setattr(gemm, "compiled_bf16", lambda: False)  # through fp32 copies
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    hidden, weight, _, labels = problem(4, 7, 50, torch.bfloat16)  # odd D: through fp32 copies
+    hidden, weight, _, labels = problem(4, 7, 50, torch.bfloat16)
     with pytest.raises(ValueError):
         linear_token_stats(hidden, weight, labels + 50)
     linear_token_stats(hidden.requires_grad_(), weight, labels).logps.sum().backward()
@@ -219,6 +225,9 @@ BAD = {
     "labels shape": (dict(labels=torch.tensor([0, 1])), r"labels has shape \(2,\)"),
     "temperature": (dict(temperature=-1.0), r"temperature=-1.0"),
     "budget": (dict(workspace_bytes=100), r"workspace_bytes=100 holds no tile; give at least"),
+    "budget text": (dict(workspace_bytes="64MB"), r"workspace_bytes='64MB' must be a whole number"),
+    "bias list": (dict(bias=[0.0] * 30), r"bias must be a tensor"),
+    "bias integers": (dict(bias=torch.ones(30, dtype=torch.int64)), r"bias has dtype torch.int64"),
     "weight device": (dict(weight=torch.empty(30, 8, device="meta")), r"weight is on meta"),
 }
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entropy_po.plan import MIN_TILE_SIDE, _largest, plan_tiles, tile_bytes
+from entropy_po.plan import MIN_TILE_SIDE, _largest, plan_sequences, plan_tiles, tile_bytes
 
 SIZES = st.one_of(st.integers(0, 70), st.integers(0, 40_000))
 VOCABULARIES = st.one_of(st.integers(1, 70), st.integers(1, 300_000), st.sampled_from([32_768, 50_257, 151_936]))
@@ -95,3 +95,62 @@ def test_the_least_tile_is_16_by_16():
 @given(st.integers(1, 1000), st.integers(0, 1200))
 def test_the_bisection_finds_the_last_that_fits(upper, limit):
     assert _largest(lambda k: k <= limit, upper) == min(max(limit, 1), upper)
+
+
+# --- losses over sequences
+
+
+@given(
+    st.lists(st.integers(0, 400), max_size=12).map(lambda x: x[: len(x) // 2 * 2]),
+    st.sampled_from(["auto", "resident", "deferred", "recompute"]),
+    st.integers(1_000, 3_000_000),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_sequence_is_in_one_group_and_tiles_keep_the_budget(lengths, strategy, workspace, trained, anchored):
+    plan = plan_sequences(
+        lengths, 1000, 16, coupled=2, element=4, trained=trained, workspace_bytes=workspace, strategy=strategy,
+        can_defer=True, anchored=anchored,
+    )  # fmt: skip
+    choice = plan.choice
+    assert choice.reason and (strategy == "auto" or choice.name == strategy)
+    if choice.name == "recompute":
+        assert plan.groups == ()
+        return
+    covered = sorted(i for group in plan.groups for i in range(group.start, group.stop))
+    assert covered == list(range(len(lengths)))
+    assert [group.deferred for group in plan.groups] == sorted((g.deferred for g in plan.groups), reverse=True)
+    for group in plan.groups:
+        rows = sum(lengths[group.start : group.stop])
+        assert group.start % 2 == group.stop % 2 == 0
+        if group.deferred:
+            assert group.stop == group.start + 2
+        else:
+            assert rows <= choice.tile_rows
+    if strategy == "auto":
+        assert choice.tile_rows * 4 * (1000 + 32) + choice.extra_bytes <= workspace
+        second_sum = sum(group.deferred for group in plan.groups) > 1 or (choice.name == "deferred" and anchored)
+        assert (choice.extra_bytes > 0) == (trained and second_sum)
+
+
+def test_the_choice_follows_lengths_budget_and_head():
+    def chosen(lengths, budget, trained=True, **options):
+        return plan_sequences(
+            lengths, 50_000, 1000, coupled=2, element=4, trained=trained, workspace_bytes=budget, **options
+        ).choice
+
+    assert chosen([500] * 4, 256 << 20).name == "resident"
+    assert chosen([5000] * 2, 256 << 20, can_defer=True).name == "deferred"
+    assert chosen([5000] * 2, 256 << 20).name == "recompute"  # not one number per group
+    two_long = chosen([5000] * 4, 220_000_000, can_defer=True)
+    assert two_long.name == "recompute" and two_long.extra_bytes == 200_000_000 and "second sum" in two_long.reason
+    assert chosen([5000] * 4, 220_000_000, trained=False, can_defer=True).name == "deferred"
+    assert chosen([5000] * 4, 1 << 30, can_defer=True).name == "deferred"
+    assert chosen([5000] * 2, 220_000_000, can_defer=True, anchored=True).name == "recompute"
+    assert "no gradient" in chosen([500] * 4, 256 << 20, wanted=False).reason
+    assert chosen([3, 3], 256 << 20).name == "resident"  # fewer rows than a long pair's tile wants, but all there are
+
+
+def test_short_groups_share_tiles_of_even_size():
+    plan = plan_sequences([50] * 20, 1000, 16, coupled=2, element=4, trained=True, workspace_bytes=600 * 4 * 1032)
+    assert [group.stop - group.start for group in plan.groups] == [10, 10]

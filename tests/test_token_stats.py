@@ -115,11 +115,17 @@ BAD = {
     "no vocabulary": (dict(logits=torch.zeros(3, 0)), r"logits has shape \(3, 0\)"),
     "temperature 0": (dict(temperature=0.0), r"temperature=0.0"),
     "temperature nan": (dict(temperature=float("nan")), r"temperature=nan"),
-    "temperature row": (dict(temperature=torch.tensor([1.0, 0.0, 1.0])), r"temperature has an entry of 0.0"),
+    "temperature row": (dict(temperature=torch.tensor([1.0, 0.0, 1.0])), r"temperature has an entry of 0 at row 1"),
+    "temperature row inf": (dict(temperature=torch.tensor([1.0, 1.0, torch.inf])), r"temperature has an entry of inf"),
+    "temperature tiny": (dict(temperature=1e-40), r"temperature=1e-40"),
+    "temperature none": (dict(temperature=None), r"temperature=None"),
+    "logit_scale huge": (dict(logit_scale=1e39), r"logit_scale=1e\+39"),
+    "keep_mask list": (dict(keep_mask=[True] * 20), r"keep_mask must be a bool tensor.*list"),
+    "keep_mask scalar": (dict(keep_mask=torch.tensor(True)), r"keep_mask must be a bool tensor"),
     "temperature rows": (dict(temperature=torch.ones(2)), r"temperature has 2 entries for 3 rows"),
     "softcap": (dict(softcap=-1.0), r"softcap=-1.0"),
     "logit_scale": (dict(logit_scale=0.0), r"logit_scale=0.0"),
-    "keep_mask dtype": (dict(keep_mask=torch.ones(20)), r"keep_mask has dtype"),
+    "keep_mask dtype": (dict(keep_mask=torch.ones(20)), r"keep_mask must be a bool tensor.*float32"),
     "keep_mask shape": (dict(keep_mask=torch.ones(19, dtype=torch.bool)), r"keep_mask has shape"),
     "outputs": (dict(outputs=("logprob",)), r"outputs=\('logprob',\)"),
     "backend": (dict(backend="fast"), r"backend='fast'"),
@@ -133,3 +139,23 @@ def test_bad_input_is_named(case):
     arguments = {"logits": torch.randn(3, 20), "labels": torch.tensor([0, 1, 2]), **change}
     with pytest.raises(ValueError, match=message):
         token_stats(arguments.pop("logits"), arguments.pop("labels"), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("view", [lambda x: x[:, :-1], lambda x: x[:, 1:].transpose(0, 1), lambda x: x[::2, :, :11]])
+def test_batches_whose_rows_do_not_lie_evenly(dtype, inplace, view):
+    whole = torch.randn(4, 7, 23).to(dtype)
+    leaf, other = whole.clone().requires_grad_(), whole.clone().requires_grad_()
+    rows = view(leaf * 1)
+    labels = torch.randint(rows.shape[-1], rows.shape[:-1])
+    labels[0, 0] = -100
+    g = torch.randn(2, *labels.shape)
+    temperature = torch.rand(labels.shape) + 0.5
+    got = token_stats(rows, labels, temperature=temperature, inplace_backward=inplace)
+    expected = token_stats(view(other).contiguous(), labels, temperature=temperature)
+    for a, b in zip(got[:2], expected[:2], strict=True):
+        assert torch.equal(a, b)
+    (got.logps * g[0] + got.entropy * g[1]).sum().backward()
+    (expected.logps * g[0] + expected.entropy * g[1]).sum().backward()
+    assert torch.equal(leaf.grad, other.grad)

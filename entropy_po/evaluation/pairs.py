@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from entropy_po.heads import backbone_hidden_states, head_of
-from entropy_po.ops.linear_token_stats import linear_token_stats
-from entropy_po.trainer.data import IGNORE_INDEX, PairCollator, tokenize_pairs
+from entropy_po.answers import answer_logps
+from entropy_po.trainer.data import PairCollator, tokenize_pairs
 
 
 @torch.inference_mode()
@@ -30,15 +29,7 @@ def pair_logps(model, tokenizer, pairs: Sequence[dict], *, batch_size: int = 16,
         for start in tqdm(starts, desc="held-out pairs", unit="batch", leave=False, disable=not progress):
             batch = collate(dataset.pairs[start : start + batch_size])
             batch = {name: value.to(model.device) for name, value in batch.items()}
-            labels = batch["labels"][:, 1:]
-            sequence, position = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
-            hidden, _ = backbone_hidden_states(model, batch["input_ids"], batch["attention_mask"])
-            head = head_of(model)
-            rows = hidden[sequence, position].to(head.weight.dtype)
-            stats = linear_token_stats(
-                rows, head.weight, labels[sequence, position], outputs=("logps",), **head.options
-            )
-            logps.append(stats.logps.new_zeros(len(labels)).index_add(0, sequence, stats.logps).view(-1, 2).cpu())
+            logps.append(answer_logps(model, batch).view(-1, 2).float().cpu())
     finally:
         model.train(was_training)
     return torch.cat(logps)

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from entropy_po.tiles import bf16_overlay, compiled_core
+from entropy_po.tiles import bf16_overlay, compiled_core, scratch_memory
 from entropy_po.types import state_dtype
 
 _precision_lock = threading.Lock()
@@ -51,11 +51,11 @@ def compiled_bf16() -> bool:
     return core is not None and core.gemm_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
-def operand_copies(dtype: torch.dtype, device: torch.device, d: int) -> bool:
-    """Whether tiles of the operands, [., d], are copied to fp32 before the product."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return not (dtype == torch.bfloat16 and d % 2 == 0 and compiled_bf16())
+def operand_copies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tiles of the operands are copied to fp32 before the product."""
+    if dtype == torch.float16:
+        return True  # a gradient of 1e-8 is 0 in fp16
+    return dtype == torch.bfloat16 and device.type == "cpu" and not compiled_bf16()
 
 
 class Scratch:
@@ -71,15 +71,34 @@ class Scratch:
         size = shape[0] * shape[1]
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+            buffer = self.buffers[name, dtype] = scratch_memory(size, dtype, self.device)
         return buffer[:size].view(shape)
 
 
 def operand(x: Tensor, name: str, scratch: Scratch) -> Tensor:
     """`x` [rows, D] as `logits_tile` takes it."""
-    if not operand_copies(x.dtype, x.device, x.shape[1]):
+    if not operand_copies(x.dtype, x.device):
         return x
     return scratch(name, tuple(x.shape), torch.float32).copy_(x)
+
+
+def _compiled_product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> Tensor:
+    """out (+)= left @ right, rounded nowhere but in fp32. Of an operand, rows or columns are contiguous; of `out`, rows."""
+    layout = {}
+    for name, x in (("a", left), ("b", right)):
+        transposed = x.stride(1) != 1
+        layout |= {name: x.data_ptr(), f"{name}_transposed": transposed, f"{name}_stride": x.stride(int(transposed))}
+    compiled_core().gemm_bf16(
+        **layout,
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        m=left.shape[0],
+        n=right.shape[1],
+        k=left.shape[1],
+        accumulate=accumulate,
+        threads=torch.get_num_threads(),
+    )
+    return out
 
 
 def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.dtype) -> Tensor:
@@ -88,19 +107,7 @@ def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.
         with _bf16_matrix_unit(model_dtype == torch.bfloat16 and hidden.device.type == "cpu"):
             return torch.mm(hidden, weight.t(), out=out)
     if hidden.device.type == "cpu":
-        compiled_core().gemm_bf16(
-            hidden=hidden.data_ptr(),
-            weight=weight.data_ptr(),
-            out=out.data_ptr(),
-            n=hidden.shape[0],
-            v=weight.shape[0],
-            d=hidden.shape[1],
-            hidden_stride=hidden.stride(0),
-            weight_stride=weight.stride(0),
-            out_stride=out.stride(0),
-            threads=torch.get_num_threads(),
-        )
-        return out
+        return _compiled_product(hidden, weight.t(), out, accumulate=False)
     return torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
 
 
@@ -112,13 +119,23 @@ def gradient_tile(tile: Tensor, dtype: torch.dtype) -> Tensor:
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch: Scratch) -> None:
     """total (+)= left @ right. `total` of the operands' dtype takes one product; sums of several are kept in fp32.
 
-    With half-precision operands each product is rounded once, as any half-precision GEMM's result is, before it is added.
+    CUDA and the compiled core add bf16 products in fp32. Elsewhere each is rounded once, as any bf16 GEMM's result is,
+    before it is added.
     """
     if total.dtype == left.dtype:
         if first:
             torch.mm(left, right, out=total)
         else:
             total.addmm_(left, right)
+        return
+    if left.dtype == torch.bfloat16 and left.device.type == "cpu" and compiled_bf16():
+        _compiled_product(left, right, total, accumulate=not first)
+        return
+    if left.device.type == "cuda":
+        if first:
+            torch.mm(left, right, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     product = torch.mm(left, right, out=scratch("product", tuple(total.shape), left.dtype))
     if first:

@@ -74,23 +74,8 @@ def linear_token_stats(
         >>> (-stats.logps - 0.01 * stats.entropy).mean().backward()
     """
     outputs = checks.check_outputs(outputs)
-    checks.check_matrix("hidden_states", hidden_states, "[N, D]")
-    checks.check_matrix("weight", weight, "[V, D]")
-    if hidden_states.ndim != 2 or weight.ndim != 2 or hidden_states.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden_states has shape {tuple(hidden_states.shape)} and weight {tuple(weight.shape)}; expected [N, D] and "
-            "[V, D] with the same D (flatten batch and sequence first)."
-        )
-    device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type) and hidden_states.dtype != torch.float64:
-        autocast = torch.get_autocast_dtype(device_type)
-        hidden_states, weight = hidden_states.to(autocast), weight.to(autocast)
-    if weight.dtype != hidden_states.dtype:
-        raise ValueError(
-            f"weight has dtype {weight.dtype}, hidden_states {hidden_states.dtype}; convert one, or use autocast."
-        )
-    checks.check_device("weight", weight, hidden_states.device)
-    checks.check_labels(labels, hidden_states.shape[:1], hidden_states.device)
+    hidden_states, weight = checks.check_head(hidden_states, weight, labels)
+    checks.check_workspace(workspace_bytes)
     transform = checks.make_transform(
         hidden_states.shape[0],
         weight.shape[0],
@@ -134,14 +119,15 @@ def _tiles(head: LmHead, plan: TilePlan) -> Iterator[tuple[slice, slice, Operand
             yield rows, cols, hidden, weight, head.logits(hidden, weight, out)
 
 
-def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options) -> tuple[Tensor, ...]:
+def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options) -> tuple[Tensor, ...]:
+    """The operator's kernel: six results, empty where not asked for, and the row state of the kept rows."""
     *options, workspace_bytes = options
     head = LmHead(hidden, weight, bias, labels, tuple(options))
     # One column per row of the call, although only the kept rows' are used: a size that does not depend on the labels.
     state = new_state(labels.numel(), head.level, hidden)
     state[:, head.num_kept :] = 0
     for rows, cols, _, _, tile in _tiles(head, _plan(head, workspace_bytes)):
-        head.fold_(tile, rows, cols, state)
+        head.fold_(tile, rows, cols, state[:, rows])
     results = schema.empty_stats(0, [], hidden)
     for i, value in enumerate(stats_from_state(state[:, : head.num_kept], tuple(options[6]))):
         if value is not None:
@@ -156,7 +142,8 @@ def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
     return *schema.empty_stats(hidden.shape[0], outputs, hidden), state
 
 
-def _backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward operator's kernel: dH, dW and dbias, empty where not needed."""
     *options, workspace_bytes, needs = rest
     head = LmHead(hidden, weight, bias, labels, tuple(options))
     plan = _plan(head, workspace_bytes)
@@ -173,7 +160,8 @@ def _backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *re
     if need_bias:
         grad_bias = torch.zeros(head.vocab_size, dtype=head.arithmetic, device=weight.device)
     for rows, cols, hidden_rows, weight_rows, tile in _tiles(head, plan):
-        gradient = head.grad_(tile, rows, cols, state, g_logp, g_ent)
+        upstream = (None if g is None else g[rows] for g in (g_logp, g_ent))
+        gradient = head.grad_(tile, rows, cols, state[:, rows], *upstream)
         if need_hidden:
             gemm.add_product(hidden_sum[rows], gradient, weight_rows.beside(gradient), cols.start == 0, head.scratch)
         if need_weight:
@@ -230,8 +218,8 @@ def _autograd(ctx, grad_logps, grad_entropy, *_):
 
 
 for _name, _kernel, _fake in (
-    ("linear_token_stats", _forward, _fake_forward),
-    ("linear_token_stats_backward", _backward, _fake_backward),
+    ("linear_token_stats", forward, _fake_forward),
+    ("linear_token_stats_backward", backward, _fake_backward),
 ):
     schema.LIBRARY.impl(_name, _kernel, "CPU")
     schema.LIBRARY.impl(_name, _kernel, "CUDA")

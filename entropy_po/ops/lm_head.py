@@ -41,7 +41,6 @@ class LmHead:
         bias: Tensor | None,
         labels: Tensor,
         options: tuple,
-        scratch: gemm.Scratch | None = None,
     ):
         self.hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
         self.weight = weight if weight.stride(-1) == 1 else weight.contiguous()
@@ -51,10 +50,10 @@ class LmHead:
         self.backend = tiles.resolve_backend(backend, hidden.device)
         self.level = Level.for_outputs(outputs)
         self.arithmetic = state_dtype(hidden.dtype)
-        self.operand_copies = gemm.operand_copies(hidden.dtype, hidden.device, self.dim)
-        self.scratch = scratch or gemm.Scratch(hidden.device)
+        self.operand_copies = gemm.operand_copies(hidden.dtype, hidden.device)
+        self.scratch = gemm.Scratch(hidden.device)
         if hidden.device.type == "cpu":
-            checks.check_label_range(labels, self.vocab_size, self.ignore_index)
+            checks.check_values(labels, self.vocab_size, self.ignore_index, options[0])
         kept = (labels != self.ignore_index).nonzero()[:, 0]
         self.kept = None if kept.numel() == labels.numel() else kept  # None: all rows, which costs nothing
         self.labels = labels.contiguous() if self.kept is None else labels[kept]
@@ -78,11 +77,12 @@ class LmHead:
         return gemm.logits_tile(hidden.multiplied, weight.multiplied, out, self.hidden.dtype)
 
     def fold_(self, tile: Tensor, rows: slice, cols: slice, state: Tensor) -> None:
+        """Accumulate the logits [rows, cols] into the state of those rows."""
         tiles.fold_(
             tile,
             self.labels[rows],
             cols.start,
-            state[:, rows],
+            state,
             self.transform.tile(rows, cols, self.arithmetic),
             level=self.level,
             ignore_index=self.ignore_index,
@@ -92,16 +92,16 @@ class LmHead:
     def grad_(
         self, tile: Tensor, rows: slice, cols: slice, state: Tensor, g_logp: Tensor | None, g_ent: Tensor | None
     ) -> Tensor:
-        """The tile's gradient, in the tile's memory and in the dtype that the products after it take. Upstream gradients
-        [K] in the state's dtype, or None."""
+        """The tile's gradient, in the tile's memory and in the dtype that the products after it take; state and upstream
+        gradients (None: none) are those of its rows, in the arithmetic's dtype."""
         gradient = gemm.gradient_tile(tile, self.hidden.dtype)
         tiles.grad_(
             tile,
             self.labels[rows],
             cols.start,
-            state[:, rows],
-            None if g_logp is None else g_logp[rows],
-            None if g_ent is None else g_ent[rows],
+            state,
+            g_logp,
+            g_ent,
             self.transform.tile(rows, cols, self.arithmetic),
             ignore_index=self.ignore_index,
             out=gradient,

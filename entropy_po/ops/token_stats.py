@@ -120,7 +120,7 @@ def _row_blocks(logits: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]
 def _forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
     *_, ignore_index, outputs, backend, _ = options
     if logits.device.type == "cpu":
-        checks.check_label_range(labels, logits.shape[-1], ignore_index)
+        checks.check_values(labels, logits.shape[-1], ignore_index, options[0])
     level = Level.for_outputs(tuple(outputs))
     labels = labels.contiguous()
     state = new_state(labels.numel(), level, logits)

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from entropy_po.objective import LOSSES, EntropyObjective
+from entropy_po.plan import STRATEGIES
 
 # The arguments each method reads, with defaults; None must be given: the papers leave it to the task.
 METHODS: dict[str, dict[str, float | None]] = {
@@ -57,6 +58,7 @@ class EntropyPOConfig(TrainingArguments):
     on_overlong: str = _arg("error", "Pairs whose answers do not survive max_length: error, or drop (counted).")
 
     workspace_bytes: int | None = _arg(None, "Bound on the head's working memory in bytes; None: the device's default.")
+    strategy: str = _arg("auto", "How the head's gradients are made: auto, resident, deferred or recompute.")
     ref_cache_dir: str | None = _arg(None, "Folder of reference log-probs; default output_dir/reference_logps.")
     disable_dropout: bool = _arg(True, "Switch the model's own dropout off, so that policy and reference start equal.")
     check_head: bool = _arg(True, "Compare the head with the model's own logits on a few tokens before training.")
@@ -118,6 +120,7 @@ class EntropyPOConfig(TrainingArguments):
 
     def _check_ranges(self) -> None:
         _check_choice("loss", self.loss, LOSSES)
+        _check_choice("strategy", self.strategy, STRATEGIES)
         _check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
         _check_choice("on_overlong", self.on_overlong, ("error", "drop"))
         _check_number("nll_coef", self.nll_coef, 0, "0 is the paper's loss")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-IGNORE_INDEX = -100
+from entropy_po.answers import IGNORE_INDEX
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from entropy_po.heads import backbone_hidden_states, check_head, head_of
-from entropy_po.ops.linear_token_stats import linear_token_stats
+from entropy_po.answers import Answers, answer_logps
+from entropy_po.heads import check_head
+from entropy_po.ops.linear_preference_loss import PreferenceOutput, linear_preference_loss
 from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
 from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint
 from entropy_po.trainer.config import EntropyPOConfig
-from entropy_po.trainer.data import IGNORE_INDEX, PairCollator, PairDataset, load_rows, tokenize_pairs
+from entropy_po.trainer.data import PairCollator, PairDataset, load_rows, tokenize_pairs
 from entropy_po.trainer.memory import peak_bytes
 from entropy_po.trainer.reference_cache import attach_reference
 
@@ -136,7 +137,7 @@ class PreferenceTrainer(Trainer):
         return attach_reference(
             dataset,
             self.model,
-            lambda model, batch: self._answer_stats(model, batch, entropy=False)[0],
+            self._reference_logps,
             folder=Path(self.args.ref_cache_dir or Path(self.args.output_dir) / "reference_logps"),
             batch_size=2 * self.args.per_device_eval_batch_size,
             pad_token_id=self.data_collator.pad_token_id,
@@ -145,51 +146,50 @@ class PreferenceTrainer(Trainer):
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
 
+    def _reference_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        with self.accelerator.autocast():
+            return answer_logps(
+                model, batch, temperature=self.args.temperature, workspace_bytes=self.args.workspace_bytes
+            )
+
     # ---- loss ----
 
-    def _answer_stats(self, model: nn.Module, batch: dict[str, Tensor], entropy: bool = True):
-        """Per sequence [2B], fp32: summed log-prob, answer length, summed entropy (no gradient); and the router loss."""
-        # Position t predicts label t + 1. Only the answers' positions go on to the head.
-        labels = batch["labels"][:, 1:]
-        sequence, position = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    def _preferences(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[PreferenceOutput, Tensor | None]:
+        """Sum of the pair losses, with all that the metrics read; and the router loss."""
         with self.accelerator.autocast():
-            hidden, aux_loss = backbone_hidden_states(model, batch["input_ids"], batch["attention_mask"])
-            head = head_of(model)
-            hidden = hidden[sequence, position].to(head.weight.dtype)
-            stats = linear_token_stats(
-                hidden,
-                head.weight,
-                labels[sequence, position],
-                outputs=("logps", "entropy") if entropy else ("logps",),
+            answers = Answers.of(model, inputs)
+            output = linear_preference_loss(
+                answers.hidden_states,
+                answers.head.weight,
+                answers.labels,
+                answers.cu_seqlens,
+                objective=self.objective,
+                ref_logps=inputs["ref_logps"] if self.objective.needs_reference else None,
+                loss=self.args.loss,
+                label_smoothing=self.args.label_smoothing,
+                nll_coef=self.args.nll_coef,
+                reduction="sum",
                 temperature=self.args.temperature,
                 workspace_bytes=self.args.workspace_bytes,
-                **head.options,
+                strategy=self.args.strategy,
+                **answers.head.options,
             )
-        zeros = stats.logps.new_zeros(len(labels))
-        logps = zeros.index_add(0, sequence, stats.logps)
-        lengths = zeros.index_add(0, sequence, torch.ones_like(stats.logps))
-        entropies = zeros.index_add(0, sequence, stats.entropy.detach()) if entropy else None
-        return logps, lengths, entropies, aux_loss
+        return output, answers.aux_loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of the losses of this batch's pairs over the pairs of the whole step; their mean where it is unknown."""
-        logps, lengths, entropies, aux_loss = self._answer_stats(model, inputs)
-        chosen, rejected = logps[0::2], logps[1::2]
-        ref = inputs["ref_logps"].unbind(1) if self.objective.needs_reference else (None, None)
-        margins = self.objective.margin(chosen, rejected, *ref)
-        losses = self.objective.pair_loss(margins, self.args.loss, self.args.label_smoothing)
-        if self.args.nll_coef:
-            losses = losses - self.args.nll_coef * chosen / lengths[0::2].clamp_min(1)
+        output, aux_loss = self._preferences(model, inputs)
+        total, num_pairs = output.loss, len(output.losses)
         if aux_loss is not None:
             coefficient = self.accelerator.unwrap_model(model).config.get_text_config().router_aux_loss_coef
-            losses = losses + coefficient * aux_loss.to(losses.device)
-        self._accumulate(model.training, inputs, ref, logps, lengths, entropies, margins, losses)
+            total = total + num_pairs * coefficient * aux_loss.to(total.device)
+        self._accumulate(model.training, inputs, output, total)
         if num_items_in_batch is None:
-            loss = losses.mean()
+            loss = total / num_pairs
         else:
             # Data parallelism averages gradients over ranks, and the count is that of all ranks.
-            loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
-        return (loss, {"margins": margins.detach()}) if return_outputs else loss
+            loss = total * self.accelerator.num_processes / num_items_in_batch
+        return (loss, {"margins": output.margins}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Pairs in the whole optimiser step, over accumulation and ranks."""
@@ -211,12 +211,13 @@ class PreferenceTrainer(Trainer):
     # ---- metrics ----
 
     @torch.no_grad()
-    def _accumulate(self, training, inputs, ref, logps, lengths, entropies, margins, losses) -> None:
+    def _accumulate(self, training: bool, inputs, output: PreferenceOutput, total: Tensor) -> None:
         """Add this batch to the sums, on the device: reading them every step would wait for it."""
-        rewards = [self.objective.implicit_reward(logps[i::2], ref[i]) for i in (0, 1)]
-        sides = (*rewards, margins, (margins > 0).float(), logps[0::2], logps[1::2], lengths[0::2], lengths[1::2])
-        totals = [losses.sum(), *(values.sum() for values in sides), torch.ones_like(losses).sum()]
-        totals += [entropies.sum(), lengths.sum(), inputs["attention_mask"].sum()]
+        sides = (output.rewards, output.logps, output.lengths)
+        rewards, logps, lengths = (values.sum(0).unbind() for values in sides)
+        pairs = torch.ones_like(output.losses).sum()
+        totals = [total, *rewards, output.margins.sum(), output.accuracy.sum(), *logps, *lengths, pairs]
+        totals += [output.entropy.sum(), output.lengths.sum(), inputs["attention_mask"].sum()]
         totals = torch.stack([total.float() for total in totals])
         key = "train" if training else "eval"
         self._sums[key] = self._sums[key] + totals if key in self._sums else totals

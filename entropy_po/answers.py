@@ -1,0 +1,56 @@
+"""The answers of a padded batch, packed for the operators: one forward of the model, and no logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from entropy_po.heads import Head, backbone_hidden_states, head_of
+from entropy_po.ops.linear_token_stats import linear_token_stats
+
+IGNORE_INDEX = -100
+
+
+class Answers(NamedTuple):
+    """The n positions of S sequences that have a label, in order."""
+
+    hidden_states: Tensor  # [n, D], differentiable, in the dtype of the head's weight
+    labels: Tensor  # [n] int64
+    cu_seqlens: Tensor  # [S + 1] int64, on the CPU
+    head: Head
+    aux_loss: Tensor | None  # router loss of a mixture of experts
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: dict[str, Tensor]) -> "Answers":
+        """Run the model on input_ids [S, L] and attention_mask; labels [S, L] are IGNORE_INDEX but in the answers.
+
+        Position t predicts label t + 1, so the first label of a sequence is never used.
+        """
+        labels = batch["labels"][:, 1:]
+        answered = labels != IGNORE_INDEX
+        sequence, position = answered.nonzero(as_tuple=True)
+        hidden, aux_loss = backbone_hidden_states(model, batch["input_ids"], batch["attention_mask"])
+        head = head_of(model)
+        lengths = answered.sum(1).cpu()
+        return cls(
+            hidden[sequence, position].to(head.weight.dtype),
+            labels[sequence, position],
+            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            head,
+            aux_loss,
+        )
+
+
+def answer_logps(model: nn.Module, batch: dict[str, Tensor], **options) -> Tensor:
+    """Summed log-probs [S], nats, of the answers of a batch, as `Answers.of` takes it. `options` of `linear_token_stats`:
+    temperature, workspace_bytes."""
+    answers = Answers.of(model, batch)
+    stats = linear_token_stats(
+        answers.hidden_states,
+        answers.head.weight,
+        answers.labels,
+        outputs=("logps",),
+        **answers.head.options,
+        **options,
+    )
+    return torch.segment_reduce(stats.logps.double(), "sum", lengths=answers.cu_seqlens.diff().to(stats.logps.device))

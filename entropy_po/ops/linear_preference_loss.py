@@ -1,0 +1,462 @@
+"""`linear_preference_loss`: H-DPO, DPO, SPL and QEMPO from hidden states and the lm_head weight, in three products.
+
+A pair loss sees the model through one number per pair, the margin z. So all of a pair's gradients are one unknown scalar
+c = a dloss/dz times what is known while its logits are there: + c for chosen tokens, - c for rejected ones. The forward
+makes logits, their gradient, dH and dW tile by tile and multiplies c in at the end; the backward only scales.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import cache
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_po.objective import EntropyObjective
+from entropy_po.ops import checks, linear_token_stats, schema, sequences
+from entropy_po.ops.lm_head import LmHead
+from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
+from entropy_po.plan import Choice, plan_sequences, slices
+from entropy_po.types import state_dtype
+
+logger = logging.getLogger("entropy_po")
+
+schema.LIBRARY.define(
+    "linear_preference_loss(Tensor hidden_states, Tensor weight, Tensor? bias, Tensor labels, Tensor cu_seqlens, "
+    "Tensor? ref_logps, Tensor? ref_hidden_states, Tensor? ref_weight, Tensor? ref_bias, Tensor? pair_weights, "
+    f"{schema.OPTIONS}, float policy_coef, float ref_coef, str loss, float label_smoothing, float nll_coef, bool mean, "
+    "str strategy, int? workspace_bytes, bool[] needs) "
+    f"-> ({', '.join(['Tensor'] * 11)})"
+)
+
+
+class PreferenceOutput(NamedTuple):
+    """What `linear_preference_loss` returns, for B pairs. Only `loss` is differentiable. Log-probs and entropies are sums
+    over a sequence's tokens, in nats; [B, 2] holds the chosen sequence first."""
+
+    loss: Tensor  # scalar
+    losses: Tensor  # [B], before weights and reduction
+    margins: Tensor  # [B], a [log pi(w) - log pi(l)] - b [log ref(w) - log ref(l)]
+    logps: Tensor  # [B, 2]
+    ref_logps: Tensor | None  # [B, 2]; None where b = 0
+    rewards: Tensor  # [B, 2], a log pi - b log ref
+    entropy: Tensor  # [B, 2]
+    lengths: Tensor  # [B, 2], int64, tokens with a label
+    choice: Tensor  # int64, on the CPU: `strategy` and `reason` read it
+
+    @property
+    def accuracy(self) -> Tensor:
+        """[B] bool: the chosen sequence has the larger implicit reward."""
+        return self.margins > 0
+
+    @property
+    def strategy(self) -> str:
+        """How the gradients were made: "resident", "deferred" or "recompute"."""
+        return Choice(*self.choice.tolist()).name
+
+    @property
+    def reason(self) -> str:
+        """Why that strategy."""
+        return Choice(*self.choice.tolist()).reason
+
+
+def linear_preference_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    objective: EntropyObjective,
+    ref_logps: Tensor | None = None,
+    ref_hidden_states: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    loss: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    nll_coef: float = 0.0,
+    pair_weights: Tensor | None = None,
+    reduction: str = "mean",
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    strategy: str = "auto",
+    backend: str | None = None,
+) -> PreferenceOutput:
+    """The loss of preference pairs, with gradients for hidden states, weight and bias, at three vocabulary products.
+
+    For pair i with summed log-probs log pi and the objective's coefficients (a, b),
+
+        z_i    = a [log pi(w_i) - log pi(l_i)] - b [log ref(w_i) - log ref(l_i)]
+        loss_i = pair_loss(z_i) + nll_coef * -log pi(w_i) / |w_i|
+        loss   = sum_i pair_weights_i loss_i, divided by B for the mean
+
+    The gradients are made in this call and only scaled in the backward: two products where the head is frozen, three where
+    it is trained (`recompute`: one more). Without grad mode, or with nothing to train, it is one pass over the logits.
+
+    Args:
+        hidden_states: [N, D], fp32 / bf16 / fp16 / fp64, of the packed sequences chosen_0, rejected_0, chosen_1, ...
+        weight: [V, D], the same dtype and device; under autocast both are cast, as `torch.nn.functional.linear` does.
+        labels: [N], int64, already shifted. Rows with `ignore_index`, a prompt's for example, count for nothing.
+        cu_seqlens: [2B + 1], int32 or int64: sequence s is rows cu_seqlens[s] to cu_seqlens[s + 1]. Best on the CPU: its
+            values are needed on the host.
+        objective: the coefficients; H-DPO is EntropyObjective.hdpo(beta, alpha).
+        ref_logps: [B, 2], summed reference log-probs; needed where b > 0, unless `ref_hidden_states` is given.
+        ref_hidden_states: [N, D'], of the reference at the same rows; its log-probs are then computed here, tile by tile,
+            without gradient, with `ref_weight` [V, D'] and `ref_bias`, or the same weight and bias where there is none.
+        loss, label_smoothing: as in `EntropyObjective.pair_loss`.
+        nll_coef: >= 0, weight of the mean NLL of the chosen sequence: an anchor against falling log-probs.
+        pair_weights: [B], constants. reduction: "mean" or "sum".
+        workspace_bytes: bound on what lives beside inputs, gradients and the fp32 sum of a half-precision weight's
+            gradient; None for 256 MiB on a CPU and a quarter of the free memory on a GPU.
+        strategy: "auto", "resident", "deferred" or "recompute" (`entropy_po.plan.plan_sequences`); a name is obeyed.
+        bias, temperature, softcap, logit_scale, keep_mask, ignore_index, backend: as in `linear_token_stats`.
+
+    Returns:
+        PreferenceOutput. `loss` is differentiable once, by hidden_states, weight and bias.
+
+    Raises:
+        ValueError: a shape, dtype, device or range that can never work; the message names the argument.
+
+    Numerics:
+        Tile values and sums are fp32 whatever the operands are; log-probs of sequences, margins and losses are summed in
+        fp64. All strategies agree to rounding.
+
+    Example:
+        >>> hidden, head = torch.randn(9, 16, requires_grad=True), torch.nn.Linear(16, 50, bias=False)
+        >>> labels, cu_seqlens = torch.randint(50, (9,)), torch.tensor([0, 4, 9])
+        >>> objective, ref_logps = EntropyObjective.hdpo(beta=0.1, alpha=1.1), torch.tensor([[-17.0, -18.0]])
+        >>> output = linear_preference_loss(
+        ...     hidden, head.weight, labels, cu_seqlens, objective=objective, ref_logps=ref_logps
+        ... )
+        >>> output.loss.backward()
+        >>> output.strategy
+        'resident'
+
+    Source: arXiv 2411.07595 (H-DPO), arXiv 2602.15894 (QEMPO).
+    """
+    hidden_states, weight = checks.check_head(hidden_states, weight, labels)
+    checks.check_workspace(workspace_bytes)
+    num_pairs = _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights)
+    if not (isinstance(nll_coef, Real) and 0 <= nll_coef < math.inf):
+        raise ValueError(f"nll_coef={nll_coef!r} must be a finite number >= 0; 0 for no anchor.")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'; `losses` holds the value of each pair.")
+    if not objective.needs_reference:
+        ref_logps = ref_hidden_states = None
+    if ref_hidden_states is not None:
+        if ref_weight is None:
+            ref_weight, ref_bias = weight.detach(), None if bias is None else bias.detach()
+        ref_hidden_states, ref_weight = checks.check_head(ref_hidden_states, ref_weight, labels, prefix="ref_")
+        if ref_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"ref_weight has {ref_weight.shape[0]} rows, weight has {weight.shape[0]}: one vocabulary, please."
+            )
+    transform = checks.make_transform(
+        hidden_states.shape[0],
+        weight.shape[0],
+        hidden_states.device,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        bias=bias,
+        keep_mask=keep_mask,
+    )
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, weight, bias)]
+    results = torch.ops.entropy_po.linear_preference_loss(
+        hidden_states, weight, bias, labels, cu_seqlens, None if ref_logps is None else ref_logps.detach().reshape(-1),
+        ref_hidden_states, ref_weight, ref_bias, None if pair_weights is None else pair_weights.detach(),
+        *schema.flat_options(transform, ignore_index, ("logps", "entropy"), backend),
+        objective.policy_coef, objective.ref_coef, loss, float(label_smoothing), float(nll_coef), reduction == "mean",
+        strategy, workspace_bytes, needs,
+    )  # fmt: skip
+    total, losses, margins, logps, entropy, ref, lengths, choice = results[:8]
+    has_reference = objective.needs_reference
+    ref = ref.view(num_pairs, 2) if has_reference else None
+    logps = logps.view(num_pairs, 2)
+    return PreferenceOutput(
+        total,
+        losses,
+        margins,
+        logps,
+        ref,
+        objective.implicit_reward(logps, ref),
+        entropy.view(num_pairs, 2),
+        lengths.view(num_pairs, 2),
+        choice,
+    )
+
+
+def _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights) -> int:
+    checks.check_offsets(cu_seqlens)
+    if cu_seqlens.numel() % 2 == 0:
+        raise ValueError(
+            f"cu_seqlens has {cu_seqlens.numel()} entries, for {cu_seqlens.numel() - 1} sequences; pairs need 2B + 1."
+        )
+    num_pairs = cu_seqlens.numel() // 2
+    if not isinstance(objective, EntropyObjective):
+        raise ValueError(
+            f"objective must be an EntropyObjective, got {objective!r}; EntropyObjective.hdpo(0.1, 1.1) is one."
+        )
+    if objective.needs_reference:
+        if (ref_logps is None) == (ref_hidden_states is None):
+            raise ValueError(
+                f"ref_coef={objective.ref_coef:g} needs a reference: give one of ref_logps and ref_hidden_states, "
+                "or use EntropyObjective.qempo."
+            )
+        if ref_logps is not None and tuple(ref_logps.shape) != (num_pairs, 2):
+            raise ValueError(
+                f"ref_logps has shape {tuple(ref_logps.shape)}, expected ({num_pairs}, 2): chosen, rejected."
+            )
+    if pair_weights is not None and tuple(pair_weights.shape) != (num_pairs,):
+        raise ValueError(f"pair_weights has shape {tuple(pair_weights.shape)}, expected ({num_pairs},).")
+    return num_pairs
+
+
+@dataclass(frozen=True)
+class _PairLoss:
+    """The loss of pairs as the operator needs it: its value, and its derivatives by a pair's log-probs."""
+
+    objective: EntropyObjective
+    loss: str
+    label_smoothing: float
+    nll_coef: float
+    ref_logps: Tensor | None  # [2B], fp64
+    weights: Tensor  # [B], fp64, divided by B for the mean
+
+    def __call__(self, logps: Tensor, lengths: Tensor, start: int = 0, stop: int | None = None):
+        """For sequences [start, stop), given their log-probs in fp64: losses, margins, and per pair the unknown scalar
+        dloss/dz * a and the anchor's known weight, so that dloss/dlogp is scalar - anchor, chosen, and -scalar, rejected.
+        """
+        stop = 2 * len(self.weights) if stop is None else stop
+        chosen, rejected = logps[0::2], logps[1::2]
+        ref = (
+            (None, None)
+            if self.ref_logps is None
+            else (self.ref_logps[start:stop:2], self.ref_logps[start + 1 : stop : 2])
+        )
+        margins = self.objective.margin(chosen, rejected, *ref)
+        losses, slope = self.objective.pair_loss_and_slope(margins, self.loss, self.label_smoothing)
+        weights = self.weights[start // 2 : stop // 2]
+        scalar = weights * slope * self.objective.policy_coef
+        per_token = self.nll_coef / lengths[0::2].clamp_min(1).double()
+        if self.nll_coef:
+            losses = losses - per_token * chosen
+        return losses, margins, scalar, weights * per_token
+
+
+def _forward(
+    hidden, weight, bias, labels, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, pair_weights, *options
+) -> tuple[Tensor, ...]:
+    *options, a, b, loss, label_smoothing, nll_coef, mean, strategy, workspace_bytes, needs = options
+    options, objective = tuple(options), EntropyObjective(a, b)
+    if workspace_bytes is None:
+        workspace_bytes = sequences.default_workspace(hidden.device)
+    num_pairs = cu_seqlens.numel() // 2
+    if ref_hidden is not None:
+        ref_logps = _reference_logps(ref_hidden, ref_weight, ref_bias, labels, cu_seqlens, options, workspace_bytes)
+    if pair_weights is None:
+        pair_weights = hidden.new_ones(num_pairs, dtype=torch.float64)
+    pair_loss = _PairLoss(
+        objective,
+        loss,
+        label_smoothing,
+        nll_coef,
+        None if ref_logps is None else ref_logps.double(),
+        pair_weights.double() / (max(num_pairs, 1) if mean else 1),
+    )
+    head = LmHead(hidden, weight, bias, labels, options)
+    seqs = Sequences(head, cu_seqlens)
+    plan = plan_sequences(
+        seqs.host_lengths,
+        head.vocab_size,
+        head.dim,
+        coupled=2,
+        element=head.arithmetic.itemsize,
+        trained=needs[1],
+        workspace_bytes=workspace_bytes,
+        strategy=strategy,
+        wanted=any(needs),
+        can_defer=True,
+        anchored=nll_coef > 0,
+        converts=head.operand_copies,
+        device_type=hidden.device.type,
+    )
+    _log(plan.choice.name, plan.choice.reason)
+    if plan.choice.name == "recompute":
+        token_logps, token_entropy, grads = _recompute(
+            (hidden, weight, bias, labels, *options), seqs, head, pair_loss, workspace_bytes, needs
+        )
+    else:
+        token_logps, token_entropy, grads = _three_products(head, seqs, plan, pair_loss, needs, bias)
+    logps = seqs.sums(token_logps)
+    losses, margins, _, _ = pair_loss(logps, seqs.lengths)
+    out = state_dtype(hidden.dtype)
+    return (
+        (pair_loss.weights @ losses).to(out),
+        losses.to(out),
+        margins.to(out),
+        logps.to(out),
+        seqs.sums(token_entropy).to(out),
+        hidden.new_empty(0, dtype=out) if ref_logps is None else ref_logps.to(out, copy=True),
+        seqs.lengths,
+        torch.tensor(plan.choice, dtype=torch.int64),
+        *grads,
+    )
+
+
+def _reference_logps(hidden, weight, bias, labels, cu_seqlens, options, workspace_bytes) -> Tensor:
+    """[2B] in fp64, tile by tile and without gradient."""
+    options = (*options[:6], ["logps"], options[7])
+    logps = linear_token_stats.forward(
+        hidden, weight, bias, labels, *options, sequences.fold_workspace(workspace_bytes, hidden.device)
+    )[0]
+    sequences.check_cu_seqlens(cu_seqlens, labels.numel())
+    return sequences.segment_sums(logps, cu_seqlens.to(logps.device).diff())
+
+
+def _recompute(arguments: tuple, seqs: Sequences, head: LmHead, pair_loss: _PairLoss, workspace_bytes: int, needs):
+    """Logits once for the log-probs, and once more for the gradients; tiles of any shape."""
+    workspace_bytes = sequences.fold_workspace(workspace_bytes, head.hidden.device)
+    *_, state = results = linear_token_stats.forward(*arguments, workspace_bytes)
+    logps, entropy = (values if head.kept is None else values[head.kept] for values in results[:2])
+    hidden = arguments[0]
+    grads = tuple(hidden.new_empty(0) for _ in range(3))
+    if any(needs):
+        _, _, scalar, anchor = pair_loss(seqs.sums(logps), seqs.lengths)
+        upstream = torch.stack([scalar - anchor, -scalar], dim=1).view(-1)
+        g_logp = head.scatter(seqs.per_row(upstream).to(logps.dtype))
+        grads = linear_token_stats.backward(g_logp, None, *arguments[:4], state, *arguments[4:], workspace_bytes, needs)
+    return logps, entropy, grads
+
+
+def _three_products(head: LmHead, seqs: Sequences, plan, pair_loss: _PairLoss, needs, bias):
+    tiles = RowTiles(head, plan.weight_cols)
+    sums = GradientSums(tiles, needs, num_tiles=len(plan.groups) if plan.choice.name == "resident" else 2)
+    second = None
+    for group in plan.groups:
+        if not group.deferred:
+            _resident(tiles, seqs, sums, pair_loss, group.start, group.stop)
+            continue
+        # The first long pair needs no sum of its own: nothing else is in dW yet, and it is scaled there.
+        if (not sums.vocab.empty or pair_loss.nll_coef) and second is None:
+            second = sums.another_vocab()
+        _deferred(tiles, seqs, sums, second, pair_loss, group.start, plan.choice.tile_rows)
+    return tiles.logps, tiles.entropy, sums.finish(bias)
+
+
+def _resident(
+    tiles: RowTiles, seqs: Sequences, sums: GradientSums, pair_loss: _PairLoss, start: int, stop: int
+) -> None:
+    """Whole pairs in one tile: their margins, and so their upstream gradients, are known while their logits are there."""
+    rows = seqs.rows(start, stop)
+    if rows.start == rows.stop:
+        return
+    hidden, tile, state = tiles.fold(rows)
+    _, _, scalar, anchor = pair_loss(seqs.sums(tiles.logps[rows], start, stop), seqs.lengths[start:stop], start, stop)
+    upstream = torch.stack([scalar - anchor, -scalar], dim=1).view(-1)
+    g_logp = seqs.per_row(upstream, start, stop).to(state.dtype)
+    gradient = tiles.head.grad_(tile, rows, tiles.all_cols, state, g_logp, None)
+    sums.add(rows, gradient, hidden, sums.vocab)
+
+
+def _deferred(
+    tiles: RowTiles,
+    seqs: Sequences,
+    sums: GradientSums,
+    second,
+    pair_loss: _PairLoss,
+    start: int,
+    tile_rows: int,
+) -> None:
+    """One long pair in several tiles: gradients of log pi(w) - log pi(l), scaled when the margin is known.
+
+    The anchor's weight on the chosen tokens is known, but another: their part of dW is added with it on the way.
+    """
+    chosen, rejected = seqs.rows(start, start + 1), seqs.rows(start + 1, start + 2)
+    total = sums.vocab if second is None else second
+    total.clear()
+    for rows, sign in ((chosen, 1.0), (rejected, -1.0)):
+        size = math.ceil((rows.stop - rows.start) / math.ceil(max(rows.stop - rows.start, 1) / tile_rows))
+        for part in slices(rows.start, rows.stop, max(size, 1)):
+            hidden, tile, state = tiles.fold(part)
+            g_logp = state.new_full((part.stop - part.start,), sign)
+            gradient = tiles.head.grad_(tile, part, tiles.all_cols, state, g_logp, None)
+            sums.add(part, gradient, hidden, total)
+        if sign > 0 and pair_loss.nll_coef and not total.empty:
+            anchor = pair_loss.weights[start // 2] * pair_loss.nll_coef / max(chosen.stop - chosen.start, 1)
+            sums.vocab.add_(total, -anchor)
+    pair = slice(chosen.start, rejected.stop)
+    _, _, scalar, anchor = pair_loss(
+        seqs.sums(tiles.logps[pair], start, start + 2), seqs.lengths[start : start + 2], start, start + 2
+    )
+    if total.empty:
+        return
+    if total is sums.vocab:
+        total.scale_(scalar)
+    else:
+        sums.vocab.add_(total, scalar)
+    if sums.wants_hidden:
+        sums.hidden[chosen] *= (scalar - anchor).to(sums.hidden.dtype)
+        sums.hidden[rejected] *= scalar.to(sums.hidden.dtype)
+
+
+@cache
+def _log(strategy: str, reason: str) -> None:
+    """Each choice once a process, not once a step."""
+    logger.info("linear_preference_loss: %s (%s)", strategy, reason)
+
+
+def _fake_forward(hidden, weight, bias, labels, cu_seqlens, ref_logps, ref_hidden, *rest) -> tuple[Tensor, ...]:
+    out, num_pairs, needs = state_dtype(hidden.dtype), cu_seqlens.shape[0] // 2, rest[-1]
+    has_reference = ref_logps is not None or ref_hidden is not None
+
+    def made(n) -> Tensor:
+        return hidden.new_empty((n,), dtype=out)
+
+    return (
+        hidden.new_empty((), dtype=out),
+        made(num_pairs),
+        made(num_pairs),
+        made(2 * num_pairs),
+        made(2 * num_pairs),
+        made(2 * num_pairs if has_reference else 0),
+        hidden.new_empty((2 * num_pairs,), dtype=torch.int64),
+        torch.empty(len(Choice._fields), dtype=torch.int64, device="cpu"),
+        *(
+            torch.empty(x.shape, dtype=sequences.held_dtype(x.dtype), device=x.device) if need else hidden.new_empty(0)
+            for x, need in zip((hidden, weight, bias), needs, strict=True)
+        ),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[-3:])
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.num_inputs = len(inputs)
+
+
+def _autograd(ctx, grad_loss, *_):
+    nothing = (None,) * ctx.num_inputs
+    if grad_loss is None or not any(ctx.needs_input_grad[:3]):
+        return nothing
+    schema.refuse_second_order("linear_preference_loss")
+    return *sequences.scaled(ctx, grad_loss), *nothing[3:]
+
+
+schema.LIBRARY.impl("linear_preference_loss", _forward, "CPU")
+schema.LIBRARY.impl("linear_preference_loss", _forward, "CUDA")
+torch.library.register_fake("entropy_po::linear_preference_loss", _fake_forward, lib=schema.LIBRARY)
+torch.library.register_autograd(
+    "entropy_po::linear_preference_loss", _autograd, setup_context=_setup_context, lib=schema.LIBRARY
+)

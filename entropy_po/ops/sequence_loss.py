@@ -1,0 +1,269 @@
+"""`sequence_loss`: any loss of sequences' log-probs and entropies, from hidden states, without logits held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_po.ops import checks, schema, sequences
+from entropy_po.ops.linear_token_stats import linear_token_stats
+from entropy_po.ops.lm_head import LmHead
+from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
+from entropy_po.plan import Choice, SequencePlan, plan_sequences, slices
+from entropy_po.types import state_dtype
+
+
+class SequenceBatch(NamedTuple):
+    """What a `loss_fn` of `sequence_loss` sees: some of the call's sequences, whole groups of them.
+
+    S sequences with n labelled tokens; log-probs and entropies in nats, differentiable. Index tensors of your own with
+    `sequences` (one entry per sequence), `sequence_ids` (a sequence's entry, at each of its tokens) or `rows` (per token).
+    """
+
+    token_logps: Tensor  # [n]
+    token_entropy: Tensor | None  # [n]; None unless outputs names it
+    rows: Tensor  # [n] int64, places among the N rows of the call
+    sequence_ids: Tensor  # [n] int64
+    lengths: Tensor  # int64, labelled tokens of every sequence of the call
+    sequences: slice | None = None  # which sequences; None where a term reads one token alone
+    logps: Tensor | None = None  # [S], fp64, sums over each sequence's tokens
+    entropy: Tensor | None = None  # [S], fp64
+
+
+class SequenceLossOutput(NamedTuple):
+    """What `sequence_loss` returns. Only `loss` is differentiable."""
+
+    loss: Tensor  # scalar, the sum of all terms
+    logps: Tensor  # [S], sums over labelled tokens, nats
+    entropy: Tensor | None  # [S], likewise; None unless outputs names it
+    lengths: Tensor  # [S] int64
+    token_logps: Tensor  # [N], 0 where the label is ignored
+    choice: Choice
+
+    @property
+    def strategy(self) -> str:
+        """How the gradients were made: "resident" or "recompute"."""
+        return self.choice.name
+
+    @property
+    def reason(self) -> str:
+        """Why that strategy."""
+        return self.choice.reason
+
+
+LossFunction = Callable[[SequenceBatch], Tensor]
+
+
+# torch.compiler.disable would import the compiler, and Triton, with this package; this does at the first call, as torch's
+# own optimizers do.
+@torch._disable_dynamo
+def sequence_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    loss_fn: LossFunction,
+    *,
+    coupled: int = 1,
+    outputs: tuple[str, ...] = ("logps",),
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    keep_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    strategy: str = "auto",
+    backend: str | None = None,
+) -> SequenceLossOutput:
+    """A loss of your own over packed sequences, with gradients for hidden states, weight and bias.
+
+    The loss must be a sum of terms, each over `coupled` consecutive sequences: 2 for pairs, G for a group of G answers, 1 for
+    a sequence alone, 0 for a token alone. `loss_fn` is called with some whole groups at a time and returns the sum of
+    their terms; where their logits fit the budget its derivatives are taken while the logits are there: three products, two
+    with a frozen head. Otherwise it is called once with everything, and the logits are computed again: one more product.
+
+    Args:
+        hidden_states, weight, labels, cu_seqlens: as in `linear_preference_loss`; [S + 1] offsets, any number of sequences.
+        loss_fn: SequenceBatch -> scalar. It may use constants; a parameter of its own would get no gradient, and is refused.
+        coupled: consecutive sequences that a term reads together.
+        outputs: "logps", and "entropy" where the loss needs it; what is not named costs nothing.
+        workspace_bytes: as in `linear_preference_loss`. strategy: "auto", "resident" or "recompute".
+        bias, temperature, softcap, logit_scale, keep_mask, ignore_index, backend: as in `linear_token_stats`.
+
+    Returns:
+        SequenceLossOutput. `loss` is differentiable once.
+
+    Raises:
+        ValueError: an argument that can never work, or a `loss_fn` that returns no scalar with a gradient.
+
+    Note:
+        Under torch.compile the call runs as it is, outside the graph: `loss_fn` is Python.
+
+    Example:
+        >>> hidden, head = torch.randn(9, 16, requires_grad=True), torch.nn.Linear(16, 50, bias=False)
+        >>> labels, cu_seqlens = torch.randint(50, (9,)), torch.tensor([0, 4, 9])
+        >>> def simpo(batch, beta=2.0, gamma=0.5):  # arXiv 2405.14734
+        ...     reward = beta * batch.logps / batch.lengths[batch.sequences]
+        ...     return -torch.nn.functional.logsigmoid(reward[0::2] - reward[1::2] - gamma).sum()
+        >>> sequence_loss(hidden, head.weight, labels, cu_seqlens, simpo, coupled=2).loss.backward()
+    """
+    outputs = checks.check_outputs(outputs)
+    if not set(outputs) <= {"logps", "entropy"}:
+        raise ValueError(f"outputs={outputs!r}: only logps and entropy are differentiable.")
+    outputs = ("logps", "entropy") if "entropy" in outputs else ("logps",)
+    hidden_states, weight = checks.check_head(hidden_states, weight, labels)
+    checks.check_workspace(workspace_bytes)
+    checks.check_offsets(cu_seqlens)
+    if not isinstance(coupled, int) or coupled < 0 or (coupled and (cu_seqlens.numel() - 1) % coupled):
+        raise ValueError(
+            f"coupled={coupled!r} must be 0 (a term reads one token) or divide the {cu_seqlens.numel() - 1} sequences."
+        )
+    transform = checks.make_transform(
+        hidden_states.shape[0],
+        weight.shape[0],
+        hidden_states.device,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        bias=bias,
+        keep_mask=keep_mask,
+    )
+    options = schema.flat_options(transform, ignore_index, outputs, backend)
+    inputs = hidden_states, weight, bias
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    if workspace_bytes is None:
+        workspace_bytes = sequences.default_workspace(hidden_states.device)
+    with torch.no_grad():
+        head = LmHead(hidden_states, weight, bias, labels, options)
+        seqs = Sequences(head, cu_seqlens)
+    plan = plan_sequences(
+        seqs.host_lengths,
+        head.vocab_size,
+        head.dim,
+        coupled=coupled,
+        element=head.arithmetic.itemsize,
+        trained=needs[1],
+        workspace_bytes=workspace_bytes,
+        strategy=strategy,
+        wanted=any(needs),
+        converts=head.operand_copies,
+        device_type=hidden_states.device.type,
+    )
+    batches = _Batches(head, seqs, coupled)
+    if plan.choice.name == "recompute":
+        stats = linear_token_stats(
+            hidden_states,
+            weight,
+            labels,
+            bias=bias,
+            outputs=outputs,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            keep_mask=keep_mask,
+            ignore_index=ignore_index,
+            workspace_bytes=sequences.fold_workspace(workspace_bytes, hidden_states.device),
+            backend=backend,
+        )
+        kept = [None if x is None else x if head.kept is None else x[head.kept] for x in stats[:2]]
+        loss = _checked(
+            loss_fn(batches.of(slice(0, head.num_kept), slice(0, len(seqs)), *kept)), stats.logps.requires_grad
+        )
+        token_logps, token_entropy = (None if x is None else x.detach() for x in kept)
+    else:
+        loss, token_logps, token_entropy = _Resident.apply(*inputs, head, plan, batches, loss_fn, needs)
+    return SequenceLossOutput(
+        loss.to(state_dtype(hidden_states.dtype)),
+        seqs.sums(token_logps).to(token_logps.dtype),
+        seqs.sums(token_entropy).to(token_logps.dtype) if "entropy" in outputs else None,
+        seqs.lengths,
+        head.scatter(token_logps),
+        plan.choice,
+    )
+
+
+class _Batches:
+    """Makes the SequenceBatch of some sequences, or of some rows where a term reads one token alone."""
+
+    def __init__(self, head: LmHead, seqs: Sequences, coupled: int):
+        self.seqs, self.coupled = seqs, coupled
+        self.rows = torch.arange(head.num_rows, device=head.labels.device) if head.kept is None else head.kept
+        self.sequence_ids = seqs.per_row(torch.arange(len(seqs), device=head.labels.device))
+
+    def of(self, rows: slice, part: slice, logps: Tensor, entropy: Tensor | None) -> SequenceBatch:
+        """Of the kept rows `rows`, which are sequences `part` unless a term reads one token alone."""
+        batch = SequenceBatch(logps, entropy, self.rows[rows], self.sequence_ids[rows], self.seqs.lengths)
+        if not self.coupled:
+            return batch
+        sums = [None if x is None else self.seqs.sums(x, part.start, part.stop) for x in (logps, entropy)]
+        return batch._replace(sequences=part, logps=sums[0], entropy=sums[1])
+
+    def parts(self, plan: SequencePlan) -> Iterator[tuple[slice, slice]]:
+        """(rows, sequences) of every tile."""
+        if not self.coupled:
+            yield from ((rows, slice(0, 0)) for rows in slices(0, self.rows.numel(), max(plan.choice.tile_rows, 1)))
+        for group in plan.groups:
+            yield self.seqs.rows(group.start, group.stop), slice(group.start, group.stop)
+
+
+class _Resident(torch.autograd.Function):
+    """Each group's loss is differentiated while its logits are there; the backward only scales."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head: LmHead, plan: SequencePlan, batches: _Batches, loss_fn, needs):
+        tiles = RowTiles(head, plan.weight_cols)
+        parts = [(rows, part) for rows, part in batches.parts(plan) if rows.stop > rows.start]
+        sums = GradientSums(tiles, needs, num_tiles=len(parts))
+        total = hidden.new_zeros((), dtype=torch.float64)
+        for rows, part in parts:
+            states, tile, state = tiles.fold(rows)
+            with torch.enable_grad():
+                leaves = [tiles.logps[rows].clone().requires_grad_()]
+                if head.level:
+                    leaves.append(tiles.entropy[rows].clone().requires_grad_())
+                batch = batches.of(rows, part, leaves[0], leaves[1] if head.level else None)
+                loss = _checked(loss_fn(batch), True)
+                _refuse_other_leaves(loss, leaves)
+                upstream = torch.autograd.grad(loss, leaves, allow_unused=True)
+            total += loss.detach()
+            gradient = head.grad_(tile, rows, tiles.all_cols, state, *upstream, *(None,) * (2 - len(upstream)))
+            sums.add(rows, gradient, states, sums.vocab)
+        ctx.save_for_backward(*sums.finish(bias))
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(tiles.logps, tiles.entropy)
+        return total, tiles.logps, tiles.entropy
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        schema.refuse_second_order("sequence_loss")
+        return *sequences.scaled(ctx, grad_loss), *(None,) * 5
+
+
+def _checked(loss: Tensor, wants_gradient: bool) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar tensor, the sum of its batch's terms; got {got}.")
+    if wants_gradient and not loss.requires_grad:
+        raise ValueError("loss_fn returned a constant; it must depend on the batch's logps or entropy, undetached.")
+    return loss.reshape(())
+
+
+def _refuse_other_leaves(loss: Tensor, leaves: list[Tensor]) -> None:
+    """A parameter inside loss_fn would get no gradient from here, and nobody would notice."""
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is leaf for leaf in leaves):
+            raise ValueError(
+                f"loss_fn uses a tensor of shape {tuple(variable.shape)} that requires a gradient and would get none; "
+                "detach it, or use strategy='recompute'."
+            )
+        todo += [following for following, _ in node.next_functions]

@@ -1,0 +1,227 @@
+"""Packed sequences over a head: tiles of whole rows, and the sums that their gradients are added into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from entropy_po.ops import gemm
+from entropy_po.ops.lm_head import LmHead, Operand
+from entropy_po.plan import CUDA_WORKSPACE_SHARE, DEFAULT_CPU_SEQUENCE_WORKSPACE, DEFAULT_CPU_WORKSPACE, slices
+from entropy_po.types import new_state, stats_from_state
+
+
+def default_workspace(device: torch.device) -> int:
+    """256 MiB on a CPU; on a GPU a quarter of the memory that is free there now."""
+    if device.type != "cuda":
+        return DEFAULT_CPU_SEQUENCE_WORKSPACE
+    return int(CUDA_WORKSPACE_SHARE * torch.cuda.mem_get_info(device)[0])
+
+
+def fold_workspace(workspace_bytes: int, device: torch.device) -> int:
+    """Of a budget, what tiles of any shape make use of: on a CPU larger ones than the default's are slower."""
+    return min(workspace_bytes, DEFAULT_CPU_WORKSPACE) if device.type == "cpu" else workspace_bytes
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> list[int]:
+    """The offsets on the host.
+
+    Raises:
+        ValueError: they do not run from 0 to the number of rows without a step back.
+    """
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != num_rows or any(b < a for a, b in pairwise(offsets)):
+        shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
+        raise ValueError(f"cu_seqlens={shown} must rise from 0 to the {num_rows} rows of hidden_states.")
+    return offsets
+
+
+class Sequences:
+    """Where each sequence lies among the kept rows of a head."""
+
+    def __init__(self, head: LmHead, cu_seqlens: Tensor):
+        self.starts = check_cu_seqlens(cu_seqlens, head.num_rows)
+        if head.kept is not None:
+            self.starts = torch.searchsorted(head.kept, cu_seqlens.to(head.kept)).tolist()
+        ends = torch.tensor(self.starts, device=head.labels.device)
+        self.lengths = ends.diff()
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def host_lengths(self) -> list[int]:
+        return [stop - start for start, stop in pairwise(self.starts)]
+
+    def rows(self, start: int, stop: int) -> slice:
+        """The rows of sequences [start, stop)."""
+        return slice(self.starts[start], self.starts[stop])
+
+    def sums(self, values: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Per sequence, of values at the rows of sequences [start, stop), in fp64: a long answer's log-prob is large,
+        and a margin is a difference of two."""
+        return segment_sums(values, self.lengths[start:stop])
+
+    def per_row(self, values: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """A value per sequence of [start, stop) at each of its rows."""
+        rows = self.rows(start, len(self) if stop is None else stop)
+        return values.repeat_interleave(self.lengths[start:stop], output_size=rows.stop - rows.start)
+
+
+def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """[S] in fp64, the sums of consecutive segments; the order of the sum is fixed, also on a GPU."""
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0, unsafe=True)
+
+
+class RowTiles:
+    """Tiles of whole rows: fold one, and its log-probs and entropies are known while its logits are still there."""
+
+    def __init__(self, head: LmHead, weight_cols: int):
+        self.head, self.weight_cols = head, weight_cols
+        self.logps = head.hidden.new_empty(head.num_kept, dtype=head.arithmetic)  # [K], nats
+        self.entropy = self.logps.new_zeros(head.num_kept)  # [K], nats; 0 unless the head's outputs name it
+
+    @property
+    def all_cols(self) -> slice:
+        return slice(0, self.head.vocab_size)
+
+    def col_slices(self) -> Iterator[slice]:
+        return slices(0, self.head.vocab_size, self.weight_cols)
+
+    def fold(self, rows: slice) -> tuple[Operand, Tensor, Tensor]:
+        """The rows' hidden states, logits and complete row state."""
+        head, n = self.head, rows.stop - rows.start
+        hidden = head.hidden_rows(rows)
+        tile = head.scratch("tile", (n, head.vocab_size), head.arithmetic)
+        for cols in self.col_slices():
+            head.logits(hidden, head.weight_rows(cols), tile[:, cols])
+        state = new_state(n, head.level, head.hidden)
+        head.fold_(tile, rows, self.all_cols, state)
+        stats = stats_from_state(state, ("logps", "entropy") if head.level else ("logps",))
+        self.logps[rows] = stats.logps
+        if stats.entropy is not None:
+            self.entropy[rows] = stats.entropy
+        return hidden, tile, state
+
+
+class VocabSums:
+    """Sums over the rows of a call: dW [V, D] and dbias [V], each None where it is not wanted."""
+
+    def __init__(self, tiles: RowTiles, weight_dtype: torch.dtype | None, wants_bias: bool):
+        head = tiles.head
+        self.tiles, self.empty = tiles, True
+        self.weight = self.bias = None
+        if weight_dtype is not None:
+            self.weight = head.weight.new_empty(head.weight.shape, dtype=weight_dtype)
+        if wants_bias:
+            self.bias = head.weight.new_zeros(head.vocab_size, dtype=head.arithmetic)
+
+    def add_product(self, gradient: Tensor, hidden: Operand) -> None:
+        """A tile's gradient [n, V], transposed, times its hidden states [n, D]."""
+        if self.weight is not None:
+            right = hidden.beside(gradient)
+            for cols in self.tiles.col_slices():
+                gemm.add_product(self.weight[cols], gradient[:, cols].t(), right, self.empty, self.tiles.head.scratch)
+        if self.bias is not None:
+            self.bias += gradient.sum(0, dtype=self.bias.dtype)
+        self.empty = False
+
+    def scale_(self, factor: Tensor) -> None:
+        for total in self._totals():
+            total.mul_(factor.to(total.dtype))
+
+    def add_(self, other: VocabSums, factor: Tensor) -> None:
+        """self += factor * other, in one pass."""
+        for total, part in zip(self._totals(), other._totals(), strict=True):
+            if self.empty:
+                torch.mul(part, factor.to(part.dtype), out=total)
+            else:
+                total.addcmul_(part, factor.to(part.dtype))
+        self.empty = False
+
+    def clear(self) -> None:
+        """Forget the sums; the next product overwrites dW."""
+        self.empty = True
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def _totals(self) -> list[Tensor]:
+        return [total for total in (self.weight, self.bias) if total is not None]
+
+
+class GradientSums:
+    """dH, dW and dbias of one call over row tiles. A result is kept in its own dtype, fp16 in fp32: what comes back through
+    a loss scale must not have been rounded without it."""
+
+    def __init__(self, tiles: RowTiles, needs: tuple[bool, bool, bool], num_tiles: int):
+        head = tiles.head
+        self.tiles = tiles
+        self.wants_hidden, wants_weight, wants_bias = needs
+        self.hidden = None
+        if self.wants_hidden:
+            dtype = gemm.accumulator_dtype(head.hidden.dtype, products=-(-head.vocab_size // tiles.weight_cols))
+            dtype = held_dtype(dtype)
+            # of all rows where it is the result itself, so that the kept rows are spread in it and not copied
+            rows = head.num_rows if dtype == held_dtype(head.hidden.dtype) else head.num_kept
+            self.hidden = head.hidden.new_empty((rows, head.dim), dtype=dtype)
+        self.weight_dtype = None
+        if wants_weight:
+            self.weight_dtype = held_dtype(gemm.accumulator_dtype(head.weight.dtype, num_tiles))
+        self.vocab = VocabSums(tiles, self.weight_dtype, wants_bias)
+
+    def another_vocab(self) -> VocabSums:
+        return VocabSums(self.tiles, self.weight_dtype, self.vocab.bias is not None)
+
+    def add(self, rows: slice, gradient: Tensor, hidden: Operand, vocab: VocabSums) -> None:
+        """The products of one tile: dH of its rows, and its part of dW into `vocab`."""
+        head = self.tiles.head
+        if self.wants_hidden:
+            for cols in self.tiles.col_slices():
+                right = head.weight_rows(cols).beside(gradient)
+                gemm.add_product(self.hidden[rows], gradient[:, cols], right, cols.start == 0, head.scratch)
+        vocab.add_product(gradient, hidden)
+
+    def finish(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(dH, dW, dbias), [0] where not wanted."""
+        head = self.tiles.head
+        empty = head.hidden.new_empty(0)
+        grad_hidden, grad_weight, grad_bias = self.hidden, self.vocab.weight, self.vocab.bias
+        if self.wants_hidden:
+            held = held_dtype(head.hidden.dtype)
+            if grad_hidden.dtype != held:
+                grad_hidden = head.hidden.new_empty(head.hidden.shape, dtype=held)
+                grad_hidden[: head.num_kept] = self.hidden
+            head.spread_(grad_hidden, chunk=1024)
+        if grad_weight is not None:
+            grad_weight = grad_weight.zero_() if self.vocab.empty else grad_weight
+            grad_weight = grad_weight.to(held_dtype(head.weight.dtype))
+        return (
+            empty if grad_hidden is None else grad_hidden,
+            empty.clone() if grad_weight is None else grad_weight,
+            empty.clone() if grad_bias is None else grad_bias.to(held_dtype(bias.dtype)),
+        )
+
+
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How a gradient is kept until its upstream scalar is known."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def scaled(ctx, factor: Tensor) -> list[Tensor | None]:
+    """The saved gradients of (hidden states, weight, bias) times the upstream scalar: in their own memory, unless the graph
+    will be used again, or is being traced."""
+    again = torch._C._autograd._get_current_graph_task_keep_graph()
+    grads = []
+    for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False):
+        if not need:
+            grads.append(None)
+            continue
+        if again or type(saved) is not Tensor:
+            saved = saved * factor
+        elif factor.device.type != "cpu" or factor != 1:  # on a GPU, to look would be to wait
+            saved.mul_(factor)
+        grads.append(saved.to(dtype))
+    return grads

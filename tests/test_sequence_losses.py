@@ -1,0 +1,525 @@
+"""linear_preference_loss and sequence_loss against fp64 autograd of their definitions."""
+
+import itertools
+import logging
+
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+from entropy_po import EntropyObjective, linear_preference_loss, sequence_loss
+from entropy_po.testing import allocations
+
+OBJECTIVE = EntropyObjective.hdpo(beta=0.1, alpha=1.2)
+CU = torch.tensor([0, 10, 17, 17, 30, 45, 61])  # one chosen sequence is empty
+N, D, V = 61, 16, 301
+SMALL = 40_000  # bytes: tiles of a few rows
+BOUND = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+
+
+def problem(dtype=torch.float32, n=N, d=D, v=V, ignored=4):
+    hidden = torch.randn(n, d).to(dtype)
+    weight, bias = (torch.randn(v, d) / d**0.5).to(dtype), torch.randn(v).to(dtype)
+    labels = torch.randint(v, (n,))
+    if ignored:
+        labels[::ignored] = -100
+    return hidden, weight, bias, labels
+
+
+def leaves(*tensors):
+    return [x.clone().requires_grad_() for x in tensors]
+
+
+def exact_leaves(*tensors):
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def exact_sums(hidden, weight, bias, labels, cu=CU, **transform):
+    """Per sequence, fp64: log-prob, entropy, length; and per token: log-prob, entropy."""
+    logits = hidden @ weight.t()
+    logps, entropy, *_ = oracles.stats(logits, labels, bias=bias, **transform)
+    parts = [slice(a, b) for a, b in itertools.pairwise(cu.tolist())]
+    lengths = torch.stack([(labels[part] != -100).sum() for part in parts])
+    sums = [torch.stack([x[part].sum() for part in parts]) for x in (logps, entropy)]
+    return *sums, lengths, logps, entropy
+
+
+def exact_loss(
+    inputs, labels, ref, cu=CU, *, objective=OBJECTIVE, loss="sigmoid", label_smoothing=0.0, nll_coef=0.0,
+    pair_weights=None, reduction="mean", **transform
+):  # fmt: skip
+    logps, _, lengths, *_ = exact_sums(*inputs, labels, cu, **transform)
+    chosen, rejected = logps[0::2], logps[1::2]
+    ref = ref.double() if ref is not None else logps.new_zeros(len(chosen), 2)
+    margins = objective.margin(chosen, rejected, ref[:, 0], ref[:, 1])
+    losses = objective.pair_loss(margins, loss, label_smoothing) - nll_coef * chosen / lengths[0::2].clamp_min(1)
+    if pair_weights is not None:
+        losses = losses * pair_weights.double()
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def assert_same(ours, inputs, exact, exact_inputs, upstream=1.0, slack=1):
+    assert abs(ours.item() - exact.item()) <= BOUND[inputs[0].dtype] * max(abs(exact.item()), 1e-3)
+    (ours * upstream).backward()
+    (exact * upstream).backward()
+    for x, truth in zip(inputs, exact_inputs, strict=True):
+        oracles.assert_gradient(x.grad, truth.grad, upstream=0.1 * upstream, slack=slack)
+
+
+STRATEGIES = [
+    ("auto", None),
+    ("auto", SMALL),
+    ("resident", SMALL),
+    ("deferred", None),
+    ("deferred", SMALL),
+    ("recompute", SMALL),
+]
+
+
+@pytest.mark.parametrize("strategy, workspace", STRATEGIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("nll_coef", [0.0, 0.3])
+def test_every_strategy_agrees_with_fp64(strategy, workspace, dtype, nll_coef, poisoned):
+    data = problem(dtype)
+    labels = data[3]
+    inputs, exact_inputs = leaves(*data[:3]), exact_leaves(*data[:3])
+    ref, weights = torch.randn(3, 2) * 3 - 50, torch.rand(3)
+    options = {"nll_coef": nll_coef, "pair_weights": weights}
+    output = linear_preference_loss(
+        inputs[0], inputs[1], labels, CU, bias=inputs[2], objective=OBJECTIVE, ref_logps=ref,
+        strategy=strategy, workspace_bytes=workspace, **options,
+    )  # fmt: skip
+    if strategy != "auto":
+        assert output.strategy == strategy
+    exact = exact_loss(exact_inputs, labels, ref, **options)
+    logps, entropy, lengths, *_ = exact_sums(*exact_inputs, labels)
+    bound = 1e-10 if dtype == torch.float64 else 2e-4  # nats, of sums over 15 tokens
+    assert torch.allclose(output.logps.double().view(-1), logps, atol=bound, rtol=0)
+    assert torch.allclose(output.entropy.double().view(-1), entropy, atol=bound, rtol=0)
+    assert torch.equal(output.lengths.view(-1), lengths)
+    assert torch.equal(output.accuracy, output.margins > 0)
+    assert torch.allclose(output.rewards[:, 0] - output.rewards[:, 1], output.margins, atol=1e-4)
+    assert_same(output.loss, inputs, exact, exact_inputs, upstream=3.0)
+
+
+@pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
+@pytest.mark.parametrize("loss, label_smoothing", [("sigmoid", 0.1), ("robust", 0.2), ("ipo", 0.0), ("hinge", 0.0)])
+@pytest.mark.parametrize("objective", [OBJECTIVE, EntropyObjective.qempo(lam=8.0), EntropyObjective.qempo_kl(2.0, 1.0)])
+def test_every_loss_and_objective(strategy, loss, label_smoothing, objective):
+    data = problem()
+    inputs, exact_inputs = leaves(*data[:3]), exact_leaves(*data[:3])
+    ref = (torch.randn(3, 2) - 50) if objective.needs_reference else None
+    options = {"objective": objective, "loss": loss, "label_smoothing": label_smoothing, "reduction": "sum"}
+    output = linear_preference_loss(
+        inputs[0],
+        inputs[1],
+        data[3],
+        CU,
+        bias=inputs[2],
+        ref_logps=ref,
+        strategy=strategy,
+        workspace_bytes=SMALL,
+        **options,
+    )
+    assert (output.ref_logps is None) == (ref is None)
+    exact = exact_loss(exact_inputs, data[3], ref, **options)
+    assert abs(output.loss.item() - exact.item()) <= 2e-5 * max(1.0, abs(exact.item()))  # a square of hundreds
+    output.loss.backward()
+    exact.backward()
+    for x, truth in zip(inputs, exact_inputs, strict=True):
+        oracles.assert_gradient(x.grad, truth.grad, upstream=10.0, slack=4)
+
+
+@pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
+def test_transforms(strategy):
+    data = problem()
+    keep = torch.rand(N, V) < 0.7
+    keep[torch.arange(N), data[3].clamp_min(0)] = True
+    options = {"logit_scale": 0.8, "softcap": 6.0, "temperature": torch.rand(N) + 0.5, "keep_mask": keep}
+    inputs, exact_inputs = leaves(*data[:3]), exact_leaves(*data[:3])
+    ref = torch.randn(3, 2) - 50
+    output = linear_preference_loss(
+        inputs[0], inputs[1], data[3], CU, bias=inputs[2], objective=OBJECTIVE, ref_logps=ref,
+        strategy=strategy, workspace_bytes=SMALL, **options,
+    )  # fmt: skip
+    assert_same(output.loss, inputs, exact_loss(exact_inputs, data[3], ref, **options), exact_inputs)
+
+
+@pytest.mark.parametrize("same_weight", [True, False])
+def test_reference_in_the_same_pass(same_weight):
+    hidden, weight, bias, labels = problem()
+    ref_hidden, ref_weight, ref_bias = torch.randn(N, 24), torch.randn(V, 24) / 5, torch.randn(V)
+    if same_weight:
+        ref_hidden, ref_weight, ref_bias = torch.randn(N, D), weight, bias
+    ref = exact_sums(ref_hidden.double(), ref_weight.double(), ref_bias.double(), labels)[0].view(3, 2)
+    inputs, exact_inputs = leaves(hidden, weight, bias), exact_leaves(hidden, weight, bias)
+    given = {} if same_weight else {"ref_weight": ref_weight, "ref_bias": ref_bias}
+    output = linear_preference_loss(
+        inputs[0], inputs[1], labels, CU, bias=inputs[2], objective=OBJECTIVE, ref_hidden_states=ref_hidden, **given
+    )
+    assert torch.allclose(output.ref_logps.double(), ref, atol=1e-4)
+    assert_same(output.loss, inputs, exact_loss(exact_inputs, labels, ref), exact_inputs)
+
+
+@pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
+@pytest.mark.parametrize(
+    "trained", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_gradients_only_where_needed(strategy, trained):
+    hidden, weight, bias, labels = problem()
+    inputs = [x.clone().requires_grad_(t) for x, t in zip((hidden, weight, bias), trained, strict=True)]
+    exact_inputs = exact_leaves(hidden, weight, bias)
+    ref = torch.randn(3, 2) - 50
+    output = linear_preference_loss(
+        inputs[0], inputs[1], labels, CU, bias=inputs[2], objective=OBJECTIVE, ref_logps=ref, strategy=strategy
+    )
+    output.loss.backward()
+    exact_loss(exact_inputs, labels, ref).backward()
+    for x, truth, wanted in zip(inputs, exact_inputs, trained, strict=True):
+        if wanted:
+            oracles.assert_gradient(x.grad, truth.grad, upstream=0.1)
+        else:
+            assert x.grad is None
+
+
+def call(inputs, labels, ref, **options):
+    return linear_preference_loss(
+        *inputs[:2], labels, CU, bias=inputs[2], objective=OBJECTIVE, ref_logps=ref, **options
+    )
+
+
+@pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
+def test_backward_again(strategy):
+    """retain_graph gives the same gradients twice and leaves the first ones alone; without it the second call is refused."""
+    data = problem()
+    inputs, ref = leaves(*data[:3]), torch.randn(3, 2) - 50
+    loss = call(inputs, data[3], ref, strategy=strategy).loss
+    first = torch.autograd.grad(loss, inputs, torch.tensor(2.0), retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(loss, inputs, torch.tensor(3.0))
+    for a, b, c in zip(first, kept, second, strict=True):
+        assert torch.equal(a, b)
+        assert torch.allclose(c, 1.5 * b, rtol=1e-6)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, inputs)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(call(inputs, data[3], ref).loss, inputs, create_graph=True)
+
+
+def test_accumulation_scaling_and_checkpointing():
+    data = problem()
+    ref = torch.randn(3, 2) - 50
+    inputs = leaves(*data[:3])
+    for _ in range(2):
+        (call(inputs, data[3], ref).loss * 1024 / 2).backward()  # GradScaler's factor, two steps of accumulation
+    plain = leaves(*data[:3])
+    call(plain, data[3], ref).loss.backward()
+    again = leaves(*data[:3])
+    checkpoint(lambda *x: call(x, data[3], ref).loss, *again, use_reentrant=False).backward()
+    for a, b, c in zip(inputs, plain, again, strict=True):
+        assert torch.allclose(a.grad, 1024 * b.grad, rtol=1e-5, atol=1e-5)
+        assert torch.equal(b.grad, c.grad)
+
+
+def test_tied_embedding():
+    """The weight is also the embedding: both its gradients add up."""
+    ids, labels = torch.randint(V, (N,)), torch.randint(V, (N,))
+    ref = torch.randn(3, 2) - 50
+    (weight,) = leaves(torch.randn(V, D) / 4)
+    (exact_weight,) = exact_leaves(weight)
+    linear_preference_loss(weight[ids], weight, labels, CU, objective=OBJECTIVE, ref_logps=ref).loss.backward()
+    zero = torch.zeros(V, dtype=torch.float64)
+    exact_loss((exact_weight[ids], exact_weight, zero), labels, ref).backward()
+    oracles.assert_gradient(weight.grad, exact_weight.grad, upstream=0.1)
+
+
+def test_autocast_casts_as_linear_does():
+    data = problem()
+    ref = torch.randn(3, 2) - 50
+    low = leaves(*(x.bfloat16() for x in data[:3]))
+    inputs = leaves(*data[:3])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = call(inputs, data[3], ref)
+    assert output.loss.item() == pytest.approx(call(low, data[3], ref).loss.item(), rel=1e-3)
+    output.loss.backward()
+    assert all(x.grad.dtype == torch.float32 for x in inputs)
+
+
+def test_no_grad_is_one_pass(caplog):
+    data = problem()
+    inputs, ref = leaves(*data[:3]), torch.randn(3, 2) - 50
+    with torch.no_grad():
+        output = call(inputs, data[3], ref)
+    assert not output.loss.requires_grad and "no gradient" in output.reason
+    assert output.loss.item() == pytest.approx(call(inputs, data[3], ref).loss.item(), rel=1e-6)
+
+
+def test_the_choice_is_on_the_output_and_in_the_log(caplog):
+    data = problem()
+    inputs, ref = leaves(*data[:3]), torch.randn(3, 2) - 50
+    with caplog.at_level(logging.INFO, logger="entropy_po"):
+        output = call(inputs, data[3], ref, workspace_bytes=54_321)
+        call(inputs, data[3], ref, workspace_bytes=54_321)
+    assert output.strategy == "recompute" and "54321 bytes hold" in output.reason
+    messages = [record.getMessage() for record in caplog.records if "54321" in record.getMessage()]
+    assert messages == [f"linear_preference_loss: {output.strategy} ({output.reason})"]
+
+
+def test_a_pair_far_longer_than_the_budget():
+    """Sums of 20,000 log-probs: the margin is a difference of two numbers of 1e5, taken in fp64."""
+    n, d, v = 40_000, 8, 64
+    hidden, weight, bias, labels = problem(n=n, d=d, v=v, ignored=0)
+    cu = torch.tensor([0, n // 2 - 3, n])
+    inputs, exact_inputs = leaves(hidden, weight, bias), exact_leaves(hidden, weight, bias)
+    objective = EntropyObjective.qempo(lam=1000.0)
+    output = linear_preference_loss(
+        inputs[0], inputs[1], labels, cu, bias=inputs[2], objective=objective, workspace_bytes=1 << 20
+    )
+    assert output.strategy == "deferred"
+    exact = exact_loss(exact_inputs, labels, None, cu, objective=objective)
+    # dW is what is left of two sums of 20,000 rows each: a bare fp32 product has the same error
+    assert_same(output.loss, inputs, exact, exact_inputs, slack=4)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
+def test_peak_memory_is_gradients_and_the_budget(trained, strategy):
+    n, d, v, budget = 4096, 64, 1024, 4 << 20
+    hidden, weight, _, labels = problem(n=n, d=d, v=v, ignored=0)
+    hidden.requires_grad_(), weight.requires_grad_(trained)
+    cu = torch.arange(0, n + 1, 512 if strategy == "resident" else n // 2)
+    objective = EntropyObjective.qempo(lam=10.0)
+
+    def run():
+        linear_preference_loss(
+            hidden, weight, labels, cu, objective=objective, strategy=strategy, workspace_bytes=budget
+        ).loss.backward()
+
+    peak, largest = allocations(run)
+    gradients = hidden.nbytes + weight.nbytes * trained
+    per_row = n * 4 * 24  # labels compared, row state, its fp64 copies, log-probs and entropies
+    assert peak <= gradients + per_row + 1.1 * budget
+    assert largest <= max(budget, hidden.nbytes, weight.nbytes) < n * v * 4
+    if strategy == "resident":
+        assert budget // 2 < largest  # the measurement sees the tile
+
+
+def test_empty_and_ignored():
+    hidden, weight, bias, labels = problem()
+    inputs = leaves(hidden, weight, bias)
+    none = linear_preference_loss(
+        hidden[:0], inputs[1], labels[:0], torch.zeros(1, dtype=torch.int32), objective=EntropyObjective.qempo(1.0)
+    )
+    assert none.loss == 0 and none.logps.shape == (0, 2)
+    for strategy in ("resident", "deferred", "recompute"):
+        inputs = leaves(hidden, weight, bias)
+        output = call(inputs, torch.full_like(labels, -100), torch.zeros(3, 2), strategy=strategy, nll_coef=0.5)
+        assert output.loss.item() == pytest.approx(0.6931, abs=1e-4)
+        output.loss.backward()
+        assert all((x.grad == 0).all() for x in inputs)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"cu_seqlens": [0, 61]}, "cu_seqlens must be"),
+        ({"cu_seqlens": torch.tensor([0, 30, 61, 61])}, "pairs need 2B"),
+        ({"cu_seqlens": torch.tensor([0, 40, 30, 50, 61, 61, 61])}, "must rise from 0 to the 61 rows"),
+        ({"cu_seqlens": torch.tensor([0, 1, 2, 3, 4, 5, 60])}, "must rise from 0 to the 61 rows"),
+        ({"objective": 0.1}, "objective must be an EntropyObjective"),
+        ({"ref_logps": None}, "needs a reference"),
+        ({"ref_logps": torch.zeros(2, 2)}, r"ref_logps has shape \(2, 2\)"),
+        ({"ref_hidden_states": torch.zeros(61, 16)}, "one of ref_logps and ref_hidden_states"),
+        ({"pair_weights": torch.ones(2)}, "pair_weights has shape"),
+        ({"loss": "logistic"}, "loss must be one of"),
+        ({"label_smoothing": 0.7}, "label_smoothing must be"),
+        ({"nll_coef": -1}, "nll_coef=-1 must be"),
+        ({"reduction": "none"}, "reduction='none' must be"),
+        ({"strategy": "fast"}, "strategy='fast' is not one of"),
+        ({"labels": torch.full((61,), 301)}, r"labels\[0\]=301 is outside"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    hidden, weight, _, labels = problem()
+    arguments = {"labels": labels, "cu_seqlens": CU, "objective": OBJECTIVE, "ref_logps": torch.zeros(3, 2), **change}
+    with pytest.raises(ValueError, match=message):
+        linear_preference_loss(hidden, weight, **arguments)
+
+
+# --- the operator's contract with torch
+
+
+def test_opcheck():
+    data = problem(n=20)
+    cu = torch.tensor([0, 6, 11, 15, 20])
+    inputs = leaves(*data[:3])
+    flat = (None, None, 1.0, 1.0, None, -100, ["logps", "entropy"], "")
+    torch.library.opcheck(
+        torch.ops.entropy_po.linear_preference_loss.default,
+        (*inputs, data[3], cu, torch.zeros(4), None, None, None, None, *flat, 0.1, 0.1, "sigmoid", 0.0, 0.0, True,
+         "auto", None, [True, True, True]),
+    )  # fmt: skip
+
+
+def test_compiles_whole_and_once_for_every_length():
+    def loss(hidden, weight, labels, cu, ref):
+        output = linear_preference_loss(hidden, weight, labels, cu, objective=OBJECTIVE, ref_logps=ref)
+        return output.loss + 0 * output.margins.sum()
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    counted = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for n in (13, 17, 29):
+        hidden, weight, _, labels = problem(n=n, ignored=3)
+        arguments = labels, torch.tensor([0, 5, n]), torch.zeros(1, 2)
+        inputs = leaves(hidden, weight)
+        expected = torch.autograd.grad(loss(*inputs, *arguments), inputs)
+        for a, b in zip(torch.autograd.grad(compiled(*inputs, *arguments), inputs), expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+        counted(*inputs, *arguments)
+    assert counter.frame_count == 1
+
+
+# --- losses that users bring
+
+
+def simpo(batch, beta=2.0, gamma=0.5):
+    """arXiv 2405.14734: length-normalised rewards, a target margin, no reference."""
+    reward = beta * batch.logps / batch.lengths[batch.sequences]
+    return -F.logsigmoid(reward[0::2] - reward[1::2] - gamma).sum()
+
+
+def orpo(batch, lam=0.2):
+    """arXiv 2403.07691: log odds of the mean log-prob, beside the NLL of the chosen answer."""
+    mean = batch.logps / batch.lengths[batch.sequences]
+    odds = mean - torch.log1p(-mean.exp())
+    return (-mean[0::2] - lam * F.logsigmoid(odds[0::2] - odds[1::2])).sum()
+
+
+def kto(batch, desirable, ref_logps, z_ref, beta=0.1, undesirable_weight=1.3):
+    """arXiv 2402.01306: each answer alone, against a baseline that carries no gradient."""
+    reward = beta * (batch.logps - ref_logps[batch.sequences])
+    good = desirable[batch.sequences]
+    value = torch.where(
+        good, 1 - torch.sigmoid(reward - z_ref), undesirable_weight * (1 - torch.sigmoid(z_ref - reward))
+    )
+    return value.sum()
+
+
+def grpo(batch, advantages, old_logps, clip=0.2, entropy_coef=0.01):
+    """arXiv 2402.03300: clipped token ratios with an entropy bonus; every token is a term of its own."""
+    ratio = (batch.token_logps - old_logps[batch.rows]).exp()
+    advantage = advantages[batch.sequence_ids]
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return -((surrogate + entropy_coef * batch.token_entropy) / batch.lengths[batch.sequence_ids]).sum()
+
+
+FULL = torch.tensor([0, 10, 17, 24, 30, 45, 61])
+
+
+def exact_batch(inputs, labels):
+    from entropy_po import SequenceBatch
+
+    logps, entropy, lengths, token_logps, token_entropy = exact_sums(*inputs, labels, FULL)
+    kept = (labels != -100).nonzero()[:, 0]
+    ids = torch.bucketize(kept, FULL[1:], right=True)
+    return SequenceBatch(token_logps[kept], token_entropy[kept], kept, ids, lengths, slice(0, 6), logps, entropy)
+
+
+@pytest.mark.parametrize(
+    "strategy, workspace", [("auto", None), ("resident", SMALL), ("recompute", SMALL), ("auto", SMALL)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["simpo", "orpo", "kto", "grpo", "entropy"])
+def test_losses_of_ones_own(name, strategy, workspace, dtype):
+    data = problem(dtype)
+    labels, constants = data[3], {}
+    coupled, outputs = 2, ("logps",)
+    if name == "kto":
+        coupled = 1
+        constants = {"desirable": torch.rand(6) < 0.5, "ref_logps": torch.randn(6) - 50, "z_ref": torch.tensor(0.1)}
+    if name == "grpo":
+        coupled, outputs = 0, ("logps", "entropy")
+        constants = {"advantages": torch.randn(6), "old_logps": torch.randn(N) * 0.2 - 6}
+    if name == "entropy":
+        outputs = ("logps", "entropy")
+    rule = {
+        "simpo": simpo,
+        "orpo": orpo,
+        "kto": kto,
+        "grpo": grpo,
+        "entropy": lambda b: simpo(b) - 0.1 * b.entropy.sum(),
+    }
+
+    def loss_fn(batch):
+        return rule[name](batch, **constants)
+
+    inputs, exact_inputs = leaves(*data[:3]), exact_leaves(*data[:3])
+    output = sequence_loss(
+        inputs[0], inputs[1], labels, FULL, loss_fn, coupled=coupled, outputs=outputs, bias=inputs[2],
+        strategy=strategy, workspace_bytes=workspace,
+    )  # fmt: skip
+    assert strategy == "auto" or output.strategy == strategy
+    exact = loss_fn(exact_batch(exact_inputs, labels))
+    assert abs(output.loss.item() - exact.item()) <= 5e-6 * max(1.0, abs(exact.item()))
+    logps, entropy, lengths, token_logps, _ = exact_sums(*exact_inputs, labels, FULL)
+    assert torch.allclose(output.logps.double(), logps, atol=2e-4)
+    assert (output.entropy is None) == ("entropy" not in outputs)
+    assert output.entropy is None or torch.allclose(output.entropy.double(), entropy, atol=2e-4)
+    assert torch.equal(output.lengths, lengths)
+    assert torch.allclose(output.token_logps.double(), token_logps, atol=2e-5)
+    (2 * output.loss).backward()
+    (2 * exact).backward()
+    for x, truth in zip(inputs, exact_inputs, strict=True):
+        oracles.assert_gradient(x.grad, truth.grad, upstream=1.0)
+
+
+def test_a_loss_that_would_lose_gradients_is_refused():
+    hidden, weight, _, labels = problem()
+    hidden.requires_grad_()
+    scale = torch.nn.Parameter(torch.ones(()))
+
+    def run(loss_fn, **options):
+        return sequence_loss(hidden, weight, labels, FULL, loss_fn, **options)
+
+    with pytest.raises(ValueError, match="requires a gradient and would get none"):
+        run(lambda batch: scale * batch.logps.sum())
+    run(lambda batch: scale * batch.logps.sum(), strategy="recompute").loss.backward()
+    assert scale.grad is not None
+    for strategy in ("resident", "recompute"):
+        with pytest.raises(ValueError, match="scalar tensor"):
+            run(lambda batch: batch.logps, strategy=strategy)
+        with pytest.raises(ValueError, match="returned a constant"):
+            run(lambda batch: batch.logps.detach().sum(), strategy=strategy)
+    with pytest.raises(ValueError, match="coupled=4 must be 0"):
+        run(simpo, coupled=4)
+    with pytest.raises(ValueError, match="strategy='deferred'"):
+        run(simpo, coupled=2, strategy="deferred")
+    with pytest.raises(ValueError, match="only logps and entropy"):
+        run(simpo, coupled=2, outputs=("lse",))
+
+
+def test_tokens_alone_never_need_a_second_product():
+    """With known weights per token any tile will do: no sequence has to fit."""
+    hidden, weight, _, labels = problem()
+    hidden.requires_grad_()
+    output = sequence_loss(
+        hidden, weight, labels, FULL, lambda b: -b.token_logps.sum(), coupled=0, workspace_bytes=1 << 16
+    )
+    assert output.strategy == "resident"
+
+
+def test_inside_a_compiled_function_it_runs_as_it_is():
+    hidden, weight, _, labels = problem()
+    inputs = leaves(hidden, weight)
+
+    def loss(hidden, weight):
+        return 2 * sequence_loss(2 * hidden, weight, labels, FULL, simpo, coupled=2).loss
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    for a, b in zip(torch.autograd.grad(torch.compile(loss)(*inputs), inputs), expected, strict=True):
+        assert torch.equal(a, b)
