@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cuda/*)
 
 .PHONY: demo test test-fast lint bench gpu-check pairs clean
 

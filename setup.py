@@ -3,12 +3,23 @@
 The core is compiled against nothing but pybind11: raw pointers cross the boundary, so one build serves every torch.
 Each instruction set is one translation unit that sets its own target; the flags here are the platform's baseline.
 Without a working compiler the install still succeeds and the package runs on plain torch, saying so at first use.
+
+The CUDA kernels come with it where nvcc is found (in CUDA_HOME if that is set, else on PATH). Their runtime is linked
+statically: the module imports where there is no driver. ENTROPY_PO_CUDA=1 makes it an error if they cannot be built,
+=0 leaves them out.
 """
 
+import os
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.errors import CompileError
 
 # No loop may become a memcpy call: gcc expands one of unknown size to `rep movs`, slow at the 4 KiB of a block.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast"]
@@ -19,6 +30,75 @@ OPENMP = [] if sys.platform in ("darwin", "win32") else ["-fopenmp"]
 if sys.platform == "win32":
     FLAGS = ["/O2"]
 
+CUDA_SOURCES = ["tile_bfloat16", "tile_cuda", "tile_float16", "tile_float32", "tile_float64"]
+# Machine code serves later chips of the same major version; the PTX of the last serves those of later ones.
+CUDA_ARCHS = [80, 90, 100]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def nvcc_targets(nvcc: str) -> tuple[list[str], str]:
+    """The -gencode flags for what this nvcc can compile, and their names; none for an old one."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = {int(n) for n in re.findall(r"sm_(\d+)\b", listed)}
+    archs = [arch for arch in CUDA_ARCHS if arch in known]
+    targets = [(arch, f"sm_{arch}") for arch in archs] + [(arch, f"compute_{arch}") for arch in archs[-1:]]
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets], " ".join(
+        code for _, code in targets
+    )
+
+
+def static_runtime(nvcc: str) -> Path | None:
+    """The static CUDA runtime that this nvcc itself would link."""
+    plan = subprocess.run([nvcc, "--dryrun", "x.o"], capture_output=True, text=True).stderr
+    folders = re.findall(r'-L"?([^"\s]+)"?', plan)
+    return next((path for folder in folders if (path := Path(folder, "libcudart_static.a")).exists()), None)
+
+
+class BuildWithCuda(build_ext):
+    def build_extension(self, ext) -> None:
+        wanted = os.environ.get("ENTROPY_PO_CUDA", "")
+        reason = "ENTROPY_PO_CUDA=0" if wanted == "0" else self.add_cuda(ext)
+        if reason:
+            if wanted == "1":
+                ext.optional = False
+                raise CompileError(f"ENTROPY_PO_CUDA=1, but {reason}")
+            ext.define_macros.append(("ENTROPY_PO_NO_CUDA", f'"{reason}"'))
+        print(f"entropy_po: CUDA kernels {'left out: ' + reason if reason else 'built'}")
+        super().build_extension(ext)
+
+    def add_cuda(self, ext) -> str | None:
+        """Compile the CUDA kernels and hand them to the extension; or the reason why there will be none."""
+        nvcc = find_nvcc()
+        if nvcc is None or sys.platform == "win32":
+            return "nvcc was not found"
+        flags, names = nvcc_targets(nvcc)
+        runtime = static_runtime(nvcc)
+        if not flags or runtime is None:
+            return f"{nvcc} is too old" if not flags else f"{nvcc} has no libcudart_static.a"
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(stem: str) -> subprocess.CompletedProcess:
+            command = [nvcc, *NVCC_FLAGS, *flags, "-c", f"csrc/cuda/{stem}.cu", "-o", str(folder / f"{stem}.o")]
+            return subprocess.run(command, capture_output=True, text=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            runs = list(pool.map(compile_one, CUDA_SOURCES))
+        print(*(run.stdout + run.stderr for run in runs), sep="")
+        if any(run.returncode for run in runs):
+            return "nvcc failed"
+        ext.extra_objects += [str(folder / f"{stem}.o") for stem in CUDA_SOURCES]
+        ext.extra_objects.append(str(runtime))
+        ext.libraries += ["dl", "rt", "pthread"]
+        ext.define_macros.append(("ENTROPY_PO_CUDA_ARCHS", f'"{names}"'))
+        return None
+
+
 core = Pybind11Extension(
     "entropy_po._C",
     sources=[
@@ -28,7 +108,7 @@ core = Pybind11Extension(
         "csrc/tile_cpu_x86_v3.cpp",
         "csrc/tile_cpu_x86_v4.cpp",
     ],
-    depends=["csrc/gemm_bf16.h", "csrc/tile.h", "csrc/tile_cpu.h", "csrc/tile_cpu_impl.h"],
+    depends=[str(path) for path in Path("csrc").rglob("*.*")],
     define_macros=[("ENTROPY_PO_BUILD_FLAGS", '"' + " ".join(FLAGS + OPENMP) + '"')],
     extra_compile_args=FLAGS + OPENMP,
     extra_link_args=OPENMP,
@@ -37,4 +117,4 @@ core = Pybind11Extension(
 core.optional = True
 
 with ParallelCompile(default=0):
-    setup(ext_modules=[core], cmdclass={"build_ext": build_ext})
+    setup(ext_modules=[core], cmdclass={"build_ext": BuildWithCuda})

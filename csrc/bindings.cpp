@@ -11,6 +11,9 @@
 #include <string>
 #include <vector>
 
+#ifdef ENTROPY_PO_CUDA_ARCHS
+#include "cuda/tile_cuda.h"
+#endif
 #include "gemm_bf16.h"
 #include "tile_cpu.h"
 
@@ -54,6 +57,26 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+TileArgs with_level(TileArgs a, int level) {
+  if (level < 0 || level > 2) throw std::invalid_argument("level " + std::to_string(level) + " is not one of 0..2");
+  a.level = level;
+  return a;
+}
+
+TileArgs with_gradient(TileArgs a, uintptr_t g_logp, uintptr_t g_entropy, uintptr_t out, int out_dtype,
+                       int64_t out_stride) {
+  a.g_logp = pointer<const void>(g_logp);
+  a.g_entropy = pointer<const void>(g_entropy);
+  a.out = pointer<void>(out);
+  a.out_dtype = dtype_from_code(out_dtype);
+  a.out_stride = out_stride;
+  const bool narrowing = a.dtype == DType::kFloat32 && a.out_dtype == DType::kBFloat16;
+  if (a.out_dtype != a.dtype && !narrowing) {
+    throw std::invalid_argument("out dtype must be the tile's, or bfloat16 for a float32 tile");
+  }
+  return a;
+}
+
 // Fresh memory costs a fault per page when it is first written: for 200 MiB in pages of 4 KiB, 40 ms; in pages of 2 MiB, 12.
 void advise_huge_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -71,7 +94,7 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled tile kernels of entropy_po. Private: use entropy_po.tiles.";
 
-  py::class_<TileArgs>(m, "TileArgs", py::dynamic_attr())
+  py::class_<TileArgs>(m, "TileArgs", py::dynamic_attr(), py::module_local())
       .def(py::init([](uintptr_t tile, int dtype, int64_t n_rows, int64_t n_cols, int64_t tile_stride, uintptr_t labels,
                        int64_t vocab_start, int64_t ignore_index, uintptr_t state, int64_t state_stride,
                        double logit_scale, double softcap, double temperature, uintptr_t row_temperature, uintptr_t bias,
@@ -106,8 +129,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "fold",
       [](const TileArgs& args, int level, const std::string& isa) {
-        TileArgs a = args;
-        a.level = level;
+        const TileArgs a = with_level(args, level);
         const CpuKernels& kernels = resolve_isa(isa);
         py::gil_scoped_release release;
         kernels.fold(a);
@@ -117,22 +139,32 @@ PYBIND11_MODULE(_C, m) {
       "grad",
       [](const TileArgs& args, uintptr_t g_logp, uintptr_t g_entropy, uintptr_t out, int out_dtype, int64_t out_stride,
          const std::string& isa) {
-        TileArgs a = args;
-        a.g_logp = pointer<const void>(g_logp);
-        a.g_entropy = pointer<const void>(g_entropy);
-        a.out = pointer<void>(out);
-        a.out_dtype = dtype_from_code(out_dtype);
-        a.out_stride = out_stride;
-        const bool narrowing = a.dtype == DType::kFloat32 && a.out_dtype == DType::kBFloat16;
-        if (a.out_dtype != a.dtype && !narrowing) {
-          throw std::invalid_argument("out dtype must be the tile's, or bfloat16 for a float32 tile");
-        }
+        const TileArgs a = with_gradient(args, g_logp, g_entropy, out, out_dtype, out_stride);
         const CpuKernels& kernels = resolve_isa(isa);
         py::gil_scoped_release release;
         kernels.grad(a);
       },
       py::arg("args"), py::arg("g_logp"), py::arg("g_entropy"), py::arg("out"), py::arg("out_dtype"),
       py::arg("out_stride"), py::arg("isa") = "");
+
+#ifdef ENTROPY_PO_CUDA_ARCHS
+  m.def("cuda_fold_workspace", &entropy_po::cuda_fold_workspace, py::arg("args"), py::arg("device"));
+  m.def(
+      "cuda_fold",
+      [](const TileArgs& args, int level, uintptr_t workspace, int device, uintptr_t stream) {
+        entropy_po::cuda_fold(with_level(args, level), pointer<void>(workspace), device, pointer<void>(stream));
+      },
+      py::arg("args"), py::arg("level"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
+  m.def(
+      "cuda_grad",
+      [](const TileArgs& args, uintptr_t g_logp, uintptr_t g_entropy, uintptr_t out, int out_dtype, int64_t out_stride,
+         int device, uintptr_t stream) {
+        const TileArgs a = with_gradient(args, g_logp, g_entropy, out, out_dtype, out_stride);
+        entropy_po::cuda_grad(a, device, pointer<void>(stream));
+      },
+      py::arg("args"), py::arg("g_logp"), py::arg("g_entropy"), py::arg("out"), py::arg("out_dtype"),
+      py::arg("out_stride"), py::arg("device"), py::arg("stream"));
+#endif
 
   m.def("advise_huge_pages", &advise_huge_pages, "Ask the system for large pages under memory not yet written.",
         py::arg("address"), py::arg("bytes"));
@@ -165,6 +197,12 @@ PYBIND11_MODULE(_C, m) {
     info["openmp"] = _OPENMP;
 #else
     info["openmp"] = 0;
+#endif
+#ifdef ENTROPY_PO_CUDA_ARCHS
+    info["cuda"] = ENTROPY_PO_CUDA_ARCHS;
+#else
+    info["cuda"] = py::none();
+    info["no_cuda"] = ENTROPY_PO_NO_CUDA;
 #endif
     return info;
   });

@@ -36,6 +36,7 @@ struct Numeric;
 template <>
 struct Numeric<float> {
   using Int = int32_t;
+  static constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
   static constexpr float kFloor = -88.2f;  // exp(kFloor) comes out as an exact 0: its power of two is the one below all normals
   static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLog2e = 1.44269504088896341f;
@@ -57,6 +58,7 @@ struct Numeric<float> {
 template <>
 struct Numeric<double> {
   using Int = int64_t;
+  static constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
   static constexpr double kFloor = -709.2;
   static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLog2e = 1.44269504088896340736;
@@ -112,29 +114,53 @@ EP_INLINE T exp_floored(T d) {
   return scale * tail + scale;
 }
 
-// tanh(v) and its derivative from expm1(-2|v|): no cancellation near 0, and a derivative that is not 1 - tanh^2.
+// tanh(v) and its derivative from e = exp(-2|v|) and e - 1: neither cancels near 0, nor where tanh saturates.
 template <class T>
 EP_INLINE void tanh_and_slope(T v, T& tanh_v, T& slope) {
   T scale, tail;
   exp_parts(floored(T(-2) * std::fabs(v)), scale, tail);
+  const T e = scale * tail + scale;
   const T em1 = scale * tail + (scale - T(1));
   const T denominator = T(2) + em1;
   const T magnitude = -em1 / denominator;
   tanh_v = v < T(0) ? -magnitude : magnitude;
-  slope = T(4) * (em1 + T(1)) / (denominator * denominator);
+  slope = T(4) * e / (denominator * denominator);
 }
 
-// Row state in registers: double, because a row sums up to 10^6 terms and this is once per block, not per element.
+// From logits to z = k * u with k > 0, for one temperature (u: the transform before k):
+//   without a softcap: u = x + bias,                             k = logit_scale / temperature
+//   with one:          u = tanh((x + bias) * logit_scale / cap),  k = cap / temperature
+// z - m is then fma(u, k, -m), rounded once: a temperature does not turn a common offset of the logits into an error.
+template <class T>
+struct LogitScales {
+  T k;
+  T chain;        // dz/dx, but for tanh's slope
+  T before_tanh;  // 0: no softcap
+
+  LogitScales(double logit_scale, double softcap, double temperature)  // softcap 0: none
+      : k(T((softcap != 0.0 ? softcap : logit_scale) / temperature)),
+        chain(T(logit_scale / temperature)),
+        before_tanh(softcap != 0.0 ? T(logit_scale / softcap) : T(0)) {}
+
+  EP_INLINE void divide_by(T temperature) {
+    k /= temperature;
+    chain /= temperature;
+  }
+};
+
+// Row state in registers. The CPU keeps it in double: a row sums up to 10^6 terms, and this is touched once per block.
+// A GPU lane keeps its own few hundred terms in the tile's arithmetic.
+template <class T>
 struct RowState {
-  double m, s, t, label_d, label_z, q, c, live;
+  T m, s, t, label_d, label_z, q, c, live;
 
   // Make `new_m` the reference maximum. After this every sum is relative to it. `m` = -inf means nothing is summed yet.
-  EP_INLINE void rescale(double new_m) {
+  EP_INLINE void rescale(T new_m) {
     if (!(new_m > m)) return;
-    if (m != -std::numeric_limits<double>::infinity()) {
-      const double delta = m - new_m;
-      const double shrink = std::exp(delta);
-      t = shrink == 0.0 ? 0.0 : (t + s * delta) * shrink;
+    if (m != Numeric<T>::kMinusInf) {
+      const T delta = m - new_m;
+      const T shrink = std::exp(delta);
+      t = shrink == T(0) ? T(0) : (t + s * delta) * shrink;
       s *= shrink;
       q *= shrink * shrink;
       c += live * delta;
@@ -142,21 +168,33 @@ struct RowState {
     }
     m = new_m;
   }
+
+  // Add the sums of other columns of the row. The label stays this one's.
+  EP_INLINE void merge(RowState other) {
+    rescale(other.m);
+    other.rescale(m);
+    s += other.s;
+    t += other.t;
+    q += other.q;
+    c += other.c;
+    live += other.live;
+  }
 };
 
 // d loss / d z of a row: -p_j * (from_logp + from_entropy * ((z_j - m) - mean_d)), plus from_logp at the label, where
 //   d logp / d z_j = 1[j = label] - p_j        d entropy / d z_j = -p_j (log p_j + entropy) = -p_j ((z_j - m) - t / s)
 // because log p_j + entropy = (z_j - m) - log s + log s - t / s. No log is needed, and no common offset enters.
+template <class T>
 struct RowGradient {
-  double m, inv_s, mean_d, log_s, from_logp, from_entropy;
+  T m, s, mean_d, from_logp, from_entropy;
 
-  EP_INLINE RowGradient(double m_, double s, double t, double g_logp, double g_entropy)
-      : m(m_), inv_s(1.0 / s), mean_d(t / s), log_s(std::log(s)), from_logp(g_logp), from_entropy(g_entropy) {}
+  EP_INLINE RowGradient(T m_, T s_, T t, T g_logp, T g_entropy)
+      : m(m_), s(s_), mean_d(t / s_), from_logp(g_logp), from_entropy(g_entropy) {}
 
   // At the label, 1 - p is formed as -expm1(log p), which keeps its digits when p rounds to 1.
-  EP_INLINE double at_label(double d) const {
-    if (d == -std::numeric_limits<double>::infinity()) return 0.0;
-    const double log_p = d - log_s;
+  EP_INLINE T at_label(T d) const {
+    if (d == Numeric<T>::kMinusInf) return T(0);
+    const T log_p = d - std::log(s);
     return -from_logp * std::expm1(log_p) - from_entropy * std::exp(log_p) * (d - mean_d);
   }
 };

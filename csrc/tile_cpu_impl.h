@@ -4,6 +4,7 @@
 // one or two vectorised passes over the buffer. DRAM sees one read per fold, one read and one write per grad.
 #include <type_traits>
 
+#include "half.h"
 #include "tile.h"
 #include "tile_cpu.h"
 
@@ -14,79 +15,25 @@ constexpr int64_t kBlock = 1024;             // 4 KiB of fp32; grad has three su
 constexpr int64_t kRowsPerGrab = 4;  // rows cost alike, but a shared machine's cores do not: whoever is free takes the next
 constexpr int64_t kElementsPerThread = 1 << 14;  // below this a second thread costs more than it brings
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
-
-EP_INLINE float as_float(uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
-EP_INLINE uint32_t as_bits(float f) { uint32_t b; std::memcpy(&b, &f, 4); return b; }
-
-template <class T> EP_INLINE T to(float v) { return v; }
-template <class T> EP_INLINE T to(double v) { return static_cast<T>(v); }
-template <class T> EP_INLINE T to(BFloat16 v) { return as_float(static_cast<uint32_t>(v.bits) << 16); }
-template <class T> EP_INLINE T to(Float16 v) {
-  // Shift the 15 value bits into place and let one multiply by 2^112 fix the exponent, subnormals included.
-  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fff) << 13;
-  const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;  // inf and NaN keep an all-ones exponent
-  const uint32_t scaled = as_bits(as_float(magnitude) * 5.192296858534828e33f);
-  return as_float((scaled | special) | (static_cast<uint32_t>(v.bits & 0x8000) << 16));
-}
-
-template <class Out> struct Rounded;
-template <> struct Rounded<float> { static EP_INLINE float from(float v) { return v; } };
-template <> struct Rounded<double> { static EP_INLINE double from(double v) { return v; } };
-template <> struct Rounded<BFloat16> {
-  static EP_INLINE BFloat16 from(float v) {  // round to nearest even; the quiet bit keeps a NaN from becoming inf
-    const uint32_t b = as_bits(v);
-    const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    const uint32_t nan = (b >> 16) | 0x40u;
-    return {static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
-  }
-};
-template <> struct Rounded<Float16> {
-  static EP_INLINE Float16 from(float v) {  // round to nearest even
-    const uint32_t b = as_bits(v);
-    const uint32_t magnitude = b & 0x7fffffffu;
-    // Normal halves: rebias the exponent by -112 and round away 13 bits. Overflow runs into the exponent: inf.
-    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Subnormal halves: adding 0.5 aligns the mantissa so that the FPU rounds at 2^-24.
-    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
-    uint32_t h = magnitude < (113u << 23) ? subnormal : normal;
-    h = magnitude >= (143u << 23) ? 0x7c00u : h;
-    h = magnitude > 0x7f800000u ? 0x7e00u : h;
-    return {static_cast<uint16_t>(h | ((b >> 16) & 0x8000u))};
-  }
-};
-
-// The logit transform of one row, z = k * u with k > 0: `apply` makes u, and the passes form z - m as u * k - m, in one
-// rounding where the target has FMA, so that a temperature does not turn a common offset of the logits into an error.
-//   without a softcap: u = x + bias,                             k = logit_scale / temperature
-//   with one:          u = tanh((x + bias) * logit_scale / cap),  k = cap / temperature
+// The logit transform of one row: `apply` makes u, and the passes form z - m as u * k - m (LogitScales).
 template <class T>
-struct RowTransform {
-  T k;
-  T chain;         // dz/dx without a softcap; with one, dz/dx is the slope that `apply` gives
-  T before_tanh;   // 0: no softcap
-  T slope_scale;
-  const T* bias;   // [n_cols] or null
+struct RowTransform : LogitScales<T> {
+  const T* bias;  // [n_cols] or null
   const uint8_t* keep;
 
-  RowTransform(const TileArgs& a, int64_t row) {
-    const T* row_temperature = static_cast<const T*>(a.row_temperature);
-    const double temperature = row_temperature ? double(row_temperature[row]) : a.temperature;
-    const bool capped = a.softcap != 0.0;
-    k = T((capped ? a.softcap : a.logit_scale) / temperature);
-    before_tanh = capped ? T(a.logit_scale / a.softcap) : T(0);
-    slope_scale = T(a.logit_scale / temperature);
-    chain = capped ? T(1) : k;
-    bias = static_cast<const T*>(a.bias);
-    keep = a.keep ? a.keep + row * a.keep_stride : nullptr;
+  RowTransform(const TileArgs& a, int64_t row)
+      : LogitScales<T>(a.logit_scale, a.softcap, a.row_temperature ? 1.0 : a.temperature),
+        bias(static_cast<const T*>(a.bias)),
+        keep(a.keep ? a.keep + row * a.keep_stride : nullptr) {
+    if (a.row_temperature) this->divide_by(static_cast<const T*>(a.row_temperature)[row]);
   }
 
-  // u of x[0, n), columns col.. of the tile, in `u` or, where there is nothing to do, x itself; with kSlope also dz/dx. A
+  // u of x[0, n), columns col.. of the tile, in `u` or, where there is nothing to do, x itself; kSlope: tanh's too. A
   // logit of -inf stays -inf under a softcap: it means "not in the vocabulary", not "minus the cap".
   template <bool kSlope, class Src>
   EP_INLINE const T* apply(const Src* x, int64_t col, int64_t n, T* u, T* slope) const {
-    constexpr T kMinusInf = -std::numeric_limits<T>::infinity();
+    constexpr T kMinusInf = Numeric<T>::kMinusInf;
+    const T before_tanh = this->before_tanh;
     if constexpr (std::is_same_v<Src, T>) {
       if (!bias && !keep && before_tanh == T(0)) return x;
     }
@@ -96,18 +43,17 @@ struct RowTransform {
     } else {
       for (int64_t j = 0; j < n; ++j) u[j] = to<T>(x[j]);
     }
-    if (before_tanh != T(0)) {
-      const T in_scale = before_tanh, out_scale = slope_scale;
-      for (int64_t j = 0; j < n; ++j) {
-        T y, dy;
-        tanh_and_slope(u[j] * in_scale, y, dy);
-        u[j] = u[j] == kMinusInf ? kMinusInf : y;
-        if (kSlope) slope[j] = dy * out_scale;
-      }
-    }
-    if (keep) {
+    if (keep) {  // before the softcap: the slope at what it removes, a NaN perhaps, is 0
       const uint8_t* keep_block = keep + col;
       for (int64_t j = 0; j < n; ++j) u[j] = keep_block[j] ? u[j] : kMinusInf;
+    }
+    if (before_tanh != T(0)) {
+      for (int64_t j = 0; j < n; ++j) {
+        T y, dy;
+        tanh_and_slope(u[j] * before_tanh, y, dy);
+        u[j] = u[j] == kMinusInf ? kMinusInf : y;
+        if (kSlope) slope[j] = dy;
+      }
     }
     return u;
   }
@@ -115,17 +61,17 @@ struct RowTransform {
 
 template <class T>
 EP_INLINE T block_max(const T* u, int64_t n) {
-  T m = -std::numeric_limits<T>::infinity();
+  T m = Numeric<T>::kMinusInf;
 #pragma omp simd reduction(max : m)
   for (int64_t j = 0; j < n; ++j) m = u[j] > m ? u[j] : m;
   return m;
 }
 
 template <int kLevel, class T>
-EP_INLINE void fold_block(const T* u, int64_t n, T k, RowState& row) {
+EP_INLINE void fold_block(const T* u, int64_t n, T k, RowState<double>& row) {
   row.rescale(block_max(u, n) * k);
   // Nothing but -inf so far: any finite reference gives exact zeros, and still lets a NaN through.
-  const T m = row.m == -std::numeric_limits<double>::infinity() ? T(0) : T(row.m);
+  const T m = row.m == Numeric<double>::kMinusInf ? T(0) : T(row.m);
   T s = 0, t = 0, q = 0, c = 0, live = 0;
 #pragma omp simd reduction(+ : s, t, q, c, live)
   for (int64_t j = 0; j < n; ++j) {
@@ -135,7 +81,7 @@ EP_INLINE void fold_block(const T* u, int64_t n, T k, RowState& row) {
     s += e;
     if (kLevel >= kEntropy) t += e * d;
     if (kLevel >= kExtras) {
-      const bool alive = raw != -std::numeric_limits<T>::infinity();
+      const bool alive = raw != Numeric<T>::kMinusInf;
       q += e * e;
       c += alive ? raw : T(0);
       live += alive ? T(1) : T(0);
@@ -159,7 +105,7 @@ void fold_rows(const TileArgs& a) {
     const RowTransform<T> transform(a, i);
     const int64_t label = a.labels[i] - a.vocab_start;
     T* st = state + i;
-    RowState row{st[0], st[stride], st[2 * stride], st[3 * stride], st[4 * stride], 0, 0, 0};
+    RowState<double> row{st[0], st[stride], st[2 * stride], st[3 * stride], st[4 * stride], 0, 0, 0};
     if (kLevel >= kExtras) {
       row.q = st[5 * stride];
       row.c = st[6 * stride];
@@ -208,11 +154,12 @@ void grad_rows(const TileArgs& a) {
       continue;
     }
     const RowTransform<T> transform(a, i);
-    const RowGradient gradient(m, s, state[i + 2 * stride], gl, ge);
+    const RowGradient<double> gradient(m, s, state[i + 2 * stride], gl, ge);
     const bool capped = transform.before_tanh != T(0);
     const T k = transform.k, chain = transform.chain;
     const T row_m = T(m), mean_d = T(gradient.mean_d);
-    const T logp_scale = -gl * T(gradient.inv_s) * chain, entropy_scale = -ge * T(gradient.inv_s) * chain;
+    const T inv_s = T(1.0 / s);
+    const T logp_scale = -gl * inv_s * chain, entropy_scale = -ge * inv_s * chain;
     const int64_t label = a.labels[i] - a.vocab_start;
     alignas(64) T buffer[kBlock];
     alignas(64) T dz[kBlock];

@@ -22,18 +22,21 @@ def describe() -> dict[str, Any]:
     """Which backend serves which device, what the build contains, and the versions around it.
 
     Returns:
-        A dict of plain values: `backends` (device -> usable backends, the one in use first), `unavailable` (backend ->
-        reason), `cpu` (instruction sets, the one in use first, and threads), `build`, `cuda`, `versions`.
+        A dict of plain values: `backends` (device -> usable backends, the one in use first), `override` (what
+        ENTROPY_PO_BACKEND put first, or None), `unavailable` (backend -> reason), `cpu` (instruction sets, the one in use
+        first, and threads), `build` (with the CUDA architectures compiled in, or why none), `cuda`, `versions`.
 
     Example:
         >>> describe()["backends"]["cpu"][-1]
         'torch'
     """
     core = tiles.compiled_core()
+    override = tiles.backend_override()
     reasons = {b.value: tiles.unavailable_reason(b) for b in tiles.Backend}
     return {
         "entropy_po": __version__,
         "backends": tiles.available_backends(),
+        "override": override.value if override else None,
         "unavailable": {name: reason for name, reason in reasons.items() if reason},
         "cpu": {
             "processor": _processor(),
@@ -80,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     for device, backends in report["backends"].items():
         in_use = backends[0] if device != "cuda" or report["cuda"] else "no device here"
         print(f"  {device:5} {in_use}" + (f"  (also {', '.join(backends[1:])})" if len(backends) > 1 else ""))
+    if report["override"]:
+        print(f"  {tiles.OVERRIDE}={report['override']} puts that one first where it serves")
     for backend, reason in report["unavailable"].items():
         print(f"  {backend}: not available: {reason}")
     cpu = report["cpu"]
@@ -91,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     if report["build"]:
         build = report["build"]
         print(f"  built by {build['compiler']} with {build['flags']}" + ("" if build["openmp"] else ", no OpenMP"))
+        print(f"  CUDA kernels for {build['cuda']}" if build["cuda"] else f"  no CUDA kernels: {build['no_cuda']}")
     print(f"  GPUs {', '.join(report['cuda']) or 'none'}")
     installed = {k: v for k, v in report["versions"].items() if v and k != "python"}
     print("  " + ", ".join(f"{name} {version}" for name, version in installed.items()))

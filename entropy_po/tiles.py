@@ -8,7 +8,8 @@ Everything above this layer is these two and a matrix product:
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import os
 import warnings
 from enum import Enum
 from functools import cache
@@ -26,12 +27,20 @@ class Backend(str, Enum):
 
     CPP = "cpp"  # csrc/ through entropy_po._C
     TRITON = "triton"  # kernels/
+    CUDA = "cuda"  # csrc/cuda/ through entropy_po._C
     TORCH = "torch"  # reference.py
 
 
 # Preferred first. `torch` serves every device and is never chosen silently where a faster backend should have been there.
-BACKENDS_BY_DEVICE = {"cpu": (Backend.CPP, Backend.TORCH), "cuda": (Backend.TRITON, Backend.TORCH)}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # codes of csrc/tile_cpu.h
+# On CUDA the order is unmeasured: Triton's kernels are the older ones, nothing more.
+BACKENDS_BY_DEVICE = {
+    "cpu": (Backend.CPP, Backend.TORCH),
+    "cuda": (Backend.TRITON, Backend.CUDA, Backend.TORCH),
+}
+# Names the backend that goes first on the devices it serves: for comparing backends, and for when one of them fails. A
+# result changes by rounding only, and a call's own `backend=` comes before it.
+OVERRIDE = "ENTROPY_PO_BACKEND"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # codes of csrc/tile_args.h
 
 
 @cache
@@ -47,7 +56,7 @@ def compiled_core() -> ModuleType | None:
 
 @cache
 def triton_kernels() -> ModuleType | None:
-    """`entropy_po.kernels`, or None where Triton is not installed."""
+    """`entropy_po.kernels`, or None where it or Triton is not installed."""
     try:
         return importlib.import_module("entropy_po.kernels.launch")
     except ModuleNotFoundError:
@@ -60,18 +69,55 @@ def unavailable_reason(backend: Backend) -> str | None:
     if backend is Backend.CPP and compiled_core() is None:
         return "the C++ core was not built; install a C++ compiler and reinstall entropy_po"
     if backend is Backend.TRITON and triton_kernels() is None:
-        return "Triton is not installed; pip install triton"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; pip install triton"
+        return "entropy_po.kernels was not found: an editable install leaves it out; pip install . without -e"
+    if backend is Backend.CUDA:
+        if compiled_core() is None:
+            return unavailable_reason(Backend.CPP)
+        build = compiled_core().build_info()
+        if build["cuda"] is None:
+            return f"the C++ core was built without CUDA ({build['no_cuda']}); install nvcc and reinstall entropy_po"
     return None
+
+
+def backend_override() -> Backend | None:
+    """The backend that the environment puts first, if it names one.
+
+    Raises:
+        ValueError: it names something else.
+    """
+    name = os.environ.get(OVERRIDE)
+    if not name:
+        return None
+    names = [b.value for b in Backend]
+    if name not in names:
+        raise ValueError(f"{OVERRIDE}={name!r} is not one of {names}.")
+    return Backend(name)
+
+
+def candidates_for(device_type: str) -> tuple[Backend, ...]:
+    """The backends that serve a device, usable here or not, preferred first."""
+    table = BACKENDS_BY_DEVICE.get(device_type, (Backend.TORCH,))
+    return tuple(sorted(table, key=lambda b: b is not backend_override()))
 
 
 @cache
 def default_backend(device_type: str) -> Backend:
-    """The backend for a device when the caller names none; warns once when it is not the one meant for the device."""
-    candidates = BACKENDS_BY_DEVICE.get(device_type, (Backend.TORCH,))
+    """The backend for a device when the caller names none; warns once if that is torch for want of a faster one.
+
+    Raises:
+        ValueError: the environment variable names no backend.
+        NotImplementedError: it names one that serves this device and is not usable here.
+    """
+    candidates = candidates_for(device_type)
+    reason = unavailable_reason(candidates[0])
+    if reason and candidates[0] is backend_override():
+        raise NotImplementedError(f"{OVERRIDE}={candidates[0].value!r} cannot be used: {reason}.")
     chosen = next(b for b in candidates if unavailable_reason(b) is None)
-    if chosen is not candidates[0]:
+    if chosen is Backend.TORCH and reason:
         warnings.warn(
-            f"entropy_po runs on plain torch on {device_type!r}, many times slower: {unavailable_reason(candidates[0])}.",
+            f"entropy_po runs on plain torch on {device_type!r}, many times slower: {reason}.",
             stacklevel=2,
         )
     return chosen
@@ -92,7 +138,8 @@ def resolve_backend(backend: str | None, device: torch.device) -> Backend:
     wanted = Backend(backend)
     serving = available_backends()[device.type] if device.type in BACKENDS_BY_DEVICE else ["torch"]
     if wanted.value not in serving:
-        reason = unavailable_reason(wanted) or f"it does not serve device {device.type!r}"
+        served = wanted in BACKENDS_BY_DEVICE.get(device.type, ())
+        reason = unavailable_reason(wanted) if served else f"it does not serve device {device.type!r}"
         raise NotImplementedError(
             f"backend={backend!r} cannot be used: {reason}. Usable on {device.type!r}: {serving}."
         )
@@ -106,8 +153,8 @@ def available_backends() -> dict[str, list[str]]:
     True
     """
     return {
-        device: [b.value for b in candidates if unavailable_reason(b) is None]
-        for device, candidates in BACKENDS_BY_DEVICE.items()
+        device: [b.value for b in candidates_for(device) if unavailable_reason(b) is None]
+        for device in BACKENDS_BY_DEVICE
     }
 
 
@@ -126,6 +173,11 @@ def fold_(
     """Accumulate a tile into the row state, in one read. Tiles of a row may come in any order and any widths."""
     if backend is Backend.CPP:
         compiled_core().fold(_tile_args(tile, labels, vocab_start, state, transform, ignore_index), int(level), isa)
+    elif backend is Backend.CUDA:
+        args = _tile_args(tile, labels, vocab_start, state, transform, ignore_index)
+        device, stream = _cuda_stream(tile)
+        workspace = tile.new_empty(compiled_core().cuda_fold_workspace(args, device), dtype=torch.uint8)
+        compiled_core().cuda_fold(args, int(level), workspace.data_ptr(), device, stream)
     elif backend is Backend.TRITON:
         triton_kernels().fold_(tile, labels, vocab_start, state, transform, level=level, ignore_index=ignore_index)
     else:
@@ -148,18 +200,16 @@ def grad_(
 ) -> None:
     """Write g_logp * d logp / d tile + g_ent * d entropy / d tile, chained through the transform."""
     out = tile if out is None else out
-    if backend is Backend.CPP:
+    if backend in (Backend.CPP, Backend.CUDA):
         g_logp = g_logp.contiguous() if g_logp is not None else None
         g_ent = g_ent.contiguous() if g_ent is not None else None
-        compiled_core().grad(
-            _tile_args(tile, labels, vocab_start, state, transform, ignore_index),
-            _address(g_logp),
-            _address(g_ent),
-            out.data_ptr(),
-            DTYPES[out.dtype],
-            out.stride(0),
-            isa,
-        )
+        _check_last_dim_contiguous("out", out)
+        args = _tile_args(tile, labels, vocab_start, state, transform, ignore_index)
+        rest = (_address(g_logp), _address(g_ent), out.data_ptr(), DTYPES[out.dtype], out.stride(0))
+        if backend is Backend.CPP:
+            compiled_core().grad(args, *rest, isa)
+        else:
+            compiled_core().cuda_grad(args, *rest, *_cuda_stream(tile))
     elif backend is Backend.TRITON:
         triton_kernels().grad_(
             tile, labels, vocab_start, state, g_logp, g_ent, transform, ignore_index=ignore_index, out=out
@@ -182,6 +232,18 @@ def scratch_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tenso
     return tensor
 
 
+def _cuda_stream(tile: Tensor) -> tuple[int, int]:
+    """The tile's device, and the handle of torch's current stream there."""
+    return tile.device.index, torch.cuda.current_stream(tile.device).cuda_stream
+
+
+def _check_last_dim_contiguous(name: str, tensor: Tensor) -> None:
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}; its last dimension must be contiguous: {name}.contiguous()."
+        )
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -189,6 +251,8 @@ def _address(tensor: Tensor | None) -> int:
 def _tile_args(
     tile: Tensor, labels: Tensor, vocab_start: int, state: Tensor, transform: Transform, ignore_index: int
 ) -> object:
+    _check_last_dim_contiguous("tile", tile)
+    labels = labels.contiguous()
     keep = transform.keep_mask
     if keep is not None:
         keep = keep.expand(tile.shape)
@@ -214,5 +278,5 @@ def _tile_args(
         keep_stride=0 if keep is None else keep.stride(0),
         threads=torch.get_num_threads(),
     )
-    args.keep_alive = (keep, transform)  # the struct holds addresses; these own the memory
+    args.keep_alive = (labels, keep, transform)  # the struct holds addresses; these own the memory
     return args

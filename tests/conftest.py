@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tile_contract")
+
 PACKAGE = f"{os.sep}entropy_po{os.sep}"
 
 

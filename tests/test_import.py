@@ -61,7 +61,7 @@ def test_works_with_everything_optional_blocked(tmp_path):
         + textwrap.indent(SMALL, " " * 8)
         + """
         run()
-        assert entropy_po.available_backends()["cuda"] == ["torch"]
+        assert "triton" not in entropy_po.available_backends()["cuda"]
         """,
         cwd=tmp_path,
     )
@@ -95,6 +95,51 @@ def test_without_the_core_it_warns_once_and_runs_on_torch(tmp_path):
         """,
         cwd=tmp_path,
     )
+
+
+def test_the_environment_chooses_among_backends_and_describe_says_so(tmp_path):
+    code = """
+        import torch, warnings, entropy_po
+        from entropy_po import tiles
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert tiles.resolve_backend(None, torch.device("cpu")) is tiles.Backend.TORCH
+        assert entropy_po.available_backends()["cpu"][0] == "torch"
+        assert entropy_po.describe()["override"] == "torch"
+        if tiles.compiled_core():
+            assert tiles.resolve_backend("cpp", torch.device("cpu")) is tiles.Backend.CPP
+        """
+    python(code, cwd=tmp_path, ENTROPY_PO_BACKEND="torch")
+    one_that_serves_other_devices = """
+        import torch, entropy_po
+        from entropy_po import tiles
+        assert tiles.default_backend("cpu") is not tiles.Backend.CUDA
+        cuda = entropy_po.available_backends()["cuda"]
+        assert cuda[0] == "cuda" or "cuda" not in cuda
+        """
+    python(one_that_serves_other_devices, cwd=tmp_path, ENTROPY_PO_BACKEND="cuda")
+    unusable = """
+        import sys
+        sys.modules["triton"] = None
+        from entropy_po import tiles
+        try:
+            tiles.default_backend("cuda")
+        except NotImplementedError as error:
+            assert "ENTROPY_PO_BACKEND='triton' cannot be used" in str(error), error
+        else:
+            raise SystemExit("the backend asked for was passed over")
+        """
+    python(unusable, cwd=tmp_path, ENTROPY_PO_BACKEND="triton")
+    unknown = """
+        from entropy_po import tiles
+        try:
+            tiles.default_backend("cpu")
+        except ValueError as error:
+            assert "ENTROPY_PO_BACKEND='cude' is not one of" in str(error), error
+        else:
+            raise SystemExit("an unknown name was passed over")
+        """
+    python(unknown, cwd=tmp_path, ENTROPY_PO_BACKEND="cude")
 
 
 def test_operators_exist_after_import_before_any_call(tmp_path):

@@ -122,8 +122,8 @@ def test_nothing_heavy_at_the_top_of_what_import_entropy_po_reaches():
 
 
 def test_csrc_includes_no_torch_and_pybind_in_one_place():
-    sources = sorted((ROOT / "csrc").glob("*.*"))
-    assert sources
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".cu"))
+    assert any(path.suffix == ".cu" for path in sources)
     for path in sources:
         included = [line for line in path.read_text().splitlines() if line.lstrip().startswith("#include")]
         assert not any("torch" in line or "ATen" in line or "c10" in line for line in included), path.name
@@ -132,10 +132,17 @@ def test_csrc_includes_no_torch_and_pybind_in_one_place():
 
 
 def test_numbers_never_depend_on_the_environment():
-    """No module of the numeric path reads an environment variable, and there is nowhere to keep a second copy of state."""
+    """No module of the numeric path reads an environment variable, and there is nowhere to keep a second copy of state.
+
+    One is read in one place: it chooses among backends, whose results differ by rounding, and `describe` shows it.
+    """
     for name, path in MODULES.items():
         if layer(name) is not None and layer(name) <= 3 and not name.startswith("entropy_po.kernels"):
-            assert "environ" not in path.read_text() and "getenv" not in path.read_text(), name
+            text = path.read_text()
+            if name == "entropy_po.tiles":
+                assert text.count("os.environ.get(OVERRIDE)") == 1 and 'OVERRIDE = "ENTROPY_PO_BACKEND"' in text
+                text = text.replace("os.environ.get(OVERRIDE)", "")
+            assert "environ" not in text.replace("environment", "") and "getenv" not in text, name
         assert "global " not in path.read_text(), f"{name} has a global statement"
 
 

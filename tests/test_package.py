@@ -116,7 +116,7 @@ def test_transformers_sees_no_kernels_package_of_ours(wheel, tmp_path):
 @needs_build
 @pytest.mark.slow
 def test_it_installs_without_a_compiler(tmp_path):
-    wheel = build_wheel(tmp_path / "bare", CC="/bin/false", CXX="/bin/false")
+    wheel = build_wheel(tmp_path / "bare", CC="/bin/false", CXX="/bin/false", ENTROPY_PO_CUDA="0")
     with zipfile.ZipFile(wheel) as archive:
         assert not any(n.endswith((".so", ".pyd")) for n in archive.namelist())
     target = install(wheel, tmp_path / "site")
@@ -128,3 +128,18 @@ x = torch.randn(3, 40, requires_grad=True)
 entropy_po.token_stats(x, torch.tensor([1, 2, 3])).logps.sum().backward()
 """
     run(sys.executable, "-c", ALONE + code, str(target), cwd=tmp_path, PYTHONPATH=str(target))
+
+
+@needs_build
+@pytest.mark.slow
+def test_cuda_is_left_out_with_a_reason_or_demanded_with_an_error(tmp_path):
+    wheel = build_wheel(tmp_path / "without", CUDA_HOME=str(tmp_path))
+    target = install(wheel, tmp_path / "site")
+    code = """
+from entropy_po import tiles
+assert tiles.compiled_core() is not None
+assert "nvcc was not found" in tiles.unavailable_reason(tiles.Backend.CUDA)
+"""
+    run(sys.executable, "-c", ALONE + code, str(target), cwd=tmp_path, PYTHONPATH=str(target))
+    with pytest.raises(AssertionError, match="ENTROPY_PO_CUDA=1, but nvcc was not found"):
+        build_wheel(tmp_path / "demanded", CUDA_HOME=str(tmp_path), ENTROPY_PO_CUDA="1")

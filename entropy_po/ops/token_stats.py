@@ -54,7 +54,7 @@ def token_stats(
         ignore_index: the label of rows to skip.
         inplace_backward: overwrite `logits` with their gradient in the backward. Saves a tensor of their size; anything
             that still needs the logits' values, a second backward among them, then raises torch's in-place error.
-        backend: "cpp", "triton" or "torch"; None chooses by device (`available_backends`).
+        backend: "cpp", "triton", "cuda" or "torch"; None chooses by device (`available_backends`).
 
     Returns:
         TokenStats of the labels' shape, fp32 (fp64 for fp64 logits). `logps` and `entropy` are differentiable once.

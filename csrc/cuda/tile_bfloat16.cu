@@ -1,0 +1,10 @@
+// The CUDA kernels for bfloat16 logits.
+#define ENTROPY_PO_ISA gpu
+#include "tile_cuda_impl.h"
+
+namespace entropy_po {
+namespace gpu {
+template void fold_dtype<BFloat16, float>(const TileArgs&, const LaunchPlan&, void*, cudaStream_t);
+template void grad_dtype<BFloat16, BFloat16, float>(const TileArgs&, const LaunchPlan&, cudaStream_t);
+}  // namespace gpu
+}  // namespace entropy_po

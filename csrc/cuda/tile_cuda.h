@@ -1,0 +1,14 @@
+// The CUDA tile functions behind the Python binding. They launch on the given stream of the given device and return: no
+// allocation, no synchronisation, so a CUDA graph can capture them. A launch that fails throws std::runtime_error.
+#pragma once
+
+#include "../tile_args.h"
+
+namespace entropy_po {
+
+// Bytes of device memory that `cuda_fold` wants for this tile: 0 unless the rows are so few that each is split.
+int64_t cuda_fold_workspace(const TileArgs&, int device);
+void cuda_fold(const TileArgs&, void* workspace, int device, void* stream);  // workspace null: no row is split
+void cuda_grad(const TileArgs&, int device, void* stream);
+
+}  // namespace entropy_po

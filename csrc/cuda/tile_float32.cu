@@ -1,0 +1,11 @@
+// The CUDA kernels for float32 logits.
+#define ENTROPY_PO_ISA gpu
+#include "tile_cuda_impl.h"
+
+namespace entropy_po {
+namespace gpu {
+template void fold_dtype<float, float>(const TileArgs&, const LaunchPlan&, void*, cudaStream_t);
+template void grad_dtype<float, float, float>(const TileArgs&, const LaunchPlan&, cudaStream_t);
+template void grad_dtype<float, BFloat16, float>(const TileArgs&, const LaunchPlan&, cudaStream_t);
+}  // namespace gpu
+}  // namespace entropy_po
