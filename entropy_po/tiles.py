@@ -8,7 +8,7 @@ Everything above this layer is these two and a matrix product:
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import warnings
 from enum import Enum
@@ -56,7 +56,7 @@ def compiled_core() -> ModuleType | None:
 
 @cache
 def triton_kernels() -> ModuleType | None:
-    """`entropy_po.kernels`, or None where it or Triton is not installed."""
+    """`entropy_po.kernels`, or None where Triton is not installed."""
     try:
         return importlib.import_module("entropy_po.kernels.launch")
     except ModuleNotFoundError:
@@ -69,9 +69,7 @@ def unavailable_reason(backend: Backend) -> str | None:
     if backend is Backend.CPP and compiled_core() is None:
         return "the C++ core was not built; install a C++ compiler and reinstall entropy_po"
     if backend is Backend.TRITON and triton_kernels() is None:
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed; pip install triton"
-        return "entropy_po.kernels was not found: an editable install leaves it out; pip install . without -e"
+        return "Triton is not installed; pip install triton"
     if backend is Backend.CUDA:
         if compiled_core() is None:
             return unavailable_reason(Backend.CPP)

@@ -31,14 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILES = __name__ == "__main__"  # run as a script, this file is the compiler of `compiled` below
 INTERPRETED = not COMPILES and not torch.cuda.is_available()
 
-if importlib.util.find_spec("entropy_po.kernels") is None:
-    # setuptools' finder of editable installs misses a package without __init__.py inside one that has it; wheels do not.
-    module = importlib.util.module_from_spec(
-        importlib.machinery.ModuleSpec("entropy_po.kernels", None, is_package=True)
-    )
-    module.__path__ = [str(ROOT / "kernels")]
-    sys.modules[module.__name__] = module
-
 with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if INTERPRETED else {}):
     import triton
     import triton.language as tl
