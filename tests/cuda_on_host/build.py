@@ -48,7 +48,8 @@ def build(folder: Path, csrc: Path = ROOT / "csrc") -> ModuleType:
         objects = list(pool.map(compile_one, sources))
     path = folder / "_C.so"
     subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-o", str(path)], check=True)
-    loader = importlib.machinery.ExtensionFileLoader("_C", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+    name = f"{folder.name}_{id(path)}._C"  # its own: pybind11 hands out a module it has seen again, by name
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
     return module
