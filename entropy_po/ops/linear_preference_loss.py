@@ -384,17 +384,18 @@ def _deferred(
     chosen, rejected = seqs.rows(start, start + 1), seqs.rows(start + 1, start + 2)
     total = sums.vocab if second is None else second
     total.clear()
-    for rows, sign in ((chosen, 1.0), (rejected, -1.0)):
-        size = math.ceil((rows.stop - rows.start) / math.ceil(max(rows.stop - rows.start, 1) / tile_rows))
-        for part in slices(rows.start, rows.stop, max(size, 1)):
+    pair = slice(chosen.start, rejected.stop)
+    for rows in (chosen, rejected) if pair_loss.nll_coef else (pair,):
+        num_tiles = max(1, math.ceil((rows.stop - rows.start) / tile_rows))
+        for part in slices(rows.start, rows.stop, max(1, math.ceil((rows.stop - rows.start) / num_tiles))):
             hidden, tile, state = tiles.fold(part)
-            g_logp = state.new_full((part.stop - part.start,), sign)
+            g_logp = state.new_ones(part.stop - part.start)
+            g_logp[max(chosen.stop - part.start, 0) :] = -1
             gradient = tiles.head.grad_(tile, part, tiles.all_cols, state, g_logp, None)
             sums.add(part, gradient, hidden, total)
-        if sign > 0 and pair_loss.nll_coef and not total.empty:
+        if rows is chosen and not total.empty:
             anchor = pair_loss.weights[start // 2] * pair_loss.nll_coef / max(chosen.stop - chosen.start, 1)
             sums.vocab.add_(total, -anchor)
-    pair = slice(chosen.start, rejected.stop)
     _, _, scalar, anchor = pair_loss(
         seqs.sums(tiles.logps[pair], start, start + 2), seqs.lengths[start : start + 2], start, start + 2
     )
