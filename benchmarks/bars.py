@@ -23,7 +23,7 @@ from benchmarks.harness import (
     write_report,
 )
 from benchmarks.peers import eager_stats, exact_stats, trl_logps_and_entropy
-from entropy_po import linear_token_stats, token_stats
+from entropy_po import linear_preference_loss, linear_token_stats, token_stats
 
 MIB = 1 << 20
 
@@ -162,28 +162,29 @@ def training_step(rounds: int) -> list[dict]:
     labels = ids.clone()
     labels[:, :64] = -100  # the prompt
     shifted = labels[:, 1:]
-    ref = torch.zeros(4)
+    ref, cu_seqlens = torch.zeros(4, 2), torch.arange(9) * 255
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
-    def step(logps: torch.Tensor):
-        sums = logps.view(8, -1).sum(-1)
-        loss = objective.pair_loss(objective.margin(sums[0::2], sums[1::2], ref, ref)).mean()
+    def step(loss: torch.Tensor):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
 
     def fused():
         hidden = backbone_hidden_states(model, ids, mask)[0][:, :-1]
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        stats = linear_token_stats(hidden, head.weight, shifted.reshape(-1), **head.options)
-        return step(stats.logps)
+        step(
+            linear_preference_loss(
+                hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted.reshape(-1), cu_seqlens, objective=objective,
+                ref_logps=ref, **head.options,
+            ).loss
+        )  # fmt: skip
 
     def eager():
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
         live = shifted != -100
         logps, _ = eager_stats(logits.reshape(-1, logits.shape[-1]), shifted.clamp_min(0).reshape(-1))
-        return step(logps * live.reshape(-1))
+        sums = (logps * live.reshape(-1)).view(8, -1).sum(-1)
+        step(objective.pair_loss(objective.margin(sums[0::2], sums[1::2], *ref.unbind(1))).mean())
 
     seconds = time_interleaved({"entropy_po": fused, "eager": eager}, rounds)
     value = ratio(seconds["eager"], seconds["entropy_po"])

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.floors import fold_bytes, grad_bytes
 from benchmarks.harness import RESULTS, machine
 from benchmarks.peers import eager_stats, exact_stats, trl_logps_and_entropy
 from entropy_po import EntropyObjective, available_backends, linear_preference_loss, linear_token_stats, token_stats
@@ -112,11 +113,12 @@ def logits_row(function: Callable, logits: Tensor, labels: Tensor, bandwidth: fl
     outputs = function(leaf, labels)
     backward = milliseconds(lambda: torch.autograd.grad(outputs, leaf, upstream, retain_graph=True))
     leaf.requires_grad_(False)
+    size = logits.itemsize
     return {
         "forward_ms": forward,
         "backward_ms": backward,
-        "forward_share": logits.nbytes / (forward * 1e-3) / bandwidth,
-        "backward_share": 2 * logits.nbytes / (backward * 1e-3) / bandwidth,
+        "forward_share": fold_bytes(*logits.shape, size) / (forward * 1e-3) / bandwidth,
+        "backward_share": grad_bytes(*logits.shape, size, size) / (backward * 1e-3) / bandwidth,
         "error_nats": error,
     }
 
