@@ -17,6 +17,7 @@ pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parent))
 from test_trainer_data import WORDS, make_tokenizer  # noqa: E402
 
+from entropy_po import linear_preference_loss  # noqa: E402
 from entropy_po.trainer import EntropyPOConfig, PairCollator, PreferenceTrainer, tokenize_pairs  # noqa: E402
 from entropy_po.trainer.checkpoints import last_checkpoint  # noqa: E402
 
@@ -113,6 +114,26 @@ def test_loss_and_gradients_equal_plain_torch(method, tmp_path):
     for (name, ours), theirs in zip(trainer.model.named_parameters(), twin.parameters(), strict=True):
         assert relative_error(ours.grad, theirs.grad) < 2e-5, name
     assert not (tmp_path / "reference_logps").exists() or b > 0
+
+
+def test_the_strategy_reaches_the_operator_and_changes_rounding_only(tmp_path, monkeypatch):
+    from entropy_po.trainer import preference
+
+    seen, gradients = [], []
+
+    def watched(*args, **kwargs):
+        output = linear_preference_loss(*args, **kwargs)
+        seen.append(output.strategy)
+        return output
+
+    monkeypatch.setattr(preference, "linear_preference_loss", watched)
+    for strategy in ("auto", "resident", "deferred", "recompute"):
+        trainer = make_trainer(tmp_path, strategy=strategy)
+        trainer.compute_loss(trainer.model.train(), trainer.data_collator(trainer.train_dataset.pairs)).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    assert seen == ["resident", "resident", "deferred", "recompute"]
+    for gradient in gradients[1:]:
+        assert relative_error(gradient, gradients[0]) < 1e-5
 
 
 def test_reference_logps_equal_plain_torch_and_follow_the_pairs(tmp_path):
@@ -464,6 +485,7 @@ def test_progress_bar_is_quiet(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"strategy": "fast"}, "strategy='fast' is unknown; choose one of auto, resident, deferred, recompute"),
         ({"method": "kto"}, "method='kto' is unknown; choose one of hdpo, dpo"),
         ({"alpha": 0.0}, "alpha must be a finite number > 0, got 0"),
         ({"beta": -0.1}, "beta must be a finite number > 0, got -0.1"),
