@@ -250,7 +250,8 @@ def what_it_shows(rows: dict[str, dict], sizes: Sizes) -> str:
     base = rows[UNTRAINED]
     names = sorted(ALPHAS, key=ALPHAS.get)
     entropies = [rows[name]["entropy_per_token"] for name in names]
-    rising = all(a < b for a, b in pairwise(entropies))
+    steps = [b - a for a, b in pairwise(entropies)]
+    trend = "rises" if min(steps) > 0 else "falls" if max(steps) < 0 else "neither rises nor falls"
     low, high = plots.entropy_change(rows[names[-1]], rows[names[0]])
     spread = f"{names[-1]} minus {names[0]} is {entropies[-1] - entropies[0]:+.3f} [{low:+.3f}, {high:+.3f}]"
     resolved = "an interval clear of 0" if low > 0 or high < 0 else "an interval that holds 0"
@@ -261,8 +262,10 @@ def what_it_shows(rows: dict[str, dict], sizes: Sizes) -> str:
     return "\n".join(
         [
             "What this run shows:",
-            f"- Entropy per token rises with alpha ({', '.join(f'{ALPHAS[name]:g}' for name in names)}), as theory "
-            f"says of the optimum: {rising} ({', '.join(f'{e:.3f}' for e in entropies)}); {spread}, {resolved}.",
+            "- Entropy per token by alpha: "
+            + ", ".join(f"{ALPHAS[name]:g}: {entropy:.3f}" for name, entropy in zip(names, entropies, strict=True))
+            + f". It {trend} with alpha; {spread}, {resolved}. Theory says that it rises at the optimum; these runs stop "
+            "long before.",
             f"- Constraints met, against the untrained model: clearly more in {_listed(up)}; clearly less in "
             f"{_listed(down)}; the rest cannot be told apart from it.",
             f"- Held-out pairs whose chosen answer gained on the rejected one (chance: 50 %): {gains}.",
