@@ -55,10 +55,12 @@ def made_up_rows(qualities=(0.5, 0.7, 0.5, 0.3, 0.5), entropies=(2.0, 1.8, 2.0, 
 
 def test_conclusions_follow_the_numbers():
     text = run.what_it_shows(made_up_rows(), run.FULL)
-    assert "optimum: True (1.800, 2.000, 2.200)" in text and "an interval clear of 0" in text
+    assert "0.8: 1.800, 1: 2.000, 1.2: 2.200. It rises with alpha" in text and "an interval clear of 0" in text
     assert "clearly more in H-DPO alpha 0.8; clearly less in H-DPO alpha 1.2" in text
     text = run.what_it_shows(made_up_rows((0.5,) * 5, (2.0, 2.2, 2.0, 2.3, 2.0)), run.FULL)
-    assert "optimum: False" in text and "clearly more in none; clearly less in none" in text
+    assert "It neither rises nor falls" in text and "clearly more in none; clearly less in none" in text
+
+    assert "It falls with alpha" in run.what_it_shows(made_up_rows(entropies=(2.0, 2.3, 2.2, 2.1, 2.0)), run.FULL)
 
 
 def test_difference_within_the_noise_is_said_to_be():
