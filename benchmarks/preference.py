@@ -136,8 +136,8 @@ def times(rounds: int, long: bool) -> list[dict]:
 
 def tile_rows() -> list[dict]:
     """How many rows of logits a deferred tile needs to beat computing the logits twice: MIN_TILE_ROWS of entropy_po.plan."""
-    d, vocab, rows = 576, 49152, []
-    for trained, enough in ((True, MIN_TILE_ROWS["cpu"]), (False, MIN_TILE_ROWS["cpu"] // 2)):
+    d, vocab, enough, rows = 576, 49152, MIN_TILE_ROWS["cpu"], []
+    for trained in (True, False):
         case = Case(512, d, vocab, torch.float32, trained)
         candidates = {"recompute": lambda case=case: case.ours("recompute")}
         for n in (enough // 2, enough, 2 * enough):

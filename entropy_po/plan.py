@@ -103,9 +103,9 @@ STRATEGIES = ("auto", "resident", "deferred", "recompute")
 DEFAULT_CPU_SEQUENCE_WORKSPACE = 256 << 20
 CUDA_WORKSPACE_SHARE = 0.25  # of the memory that is free when the call begins
 # A tile of few rows reads the weight twice, and reads and writes the sum of dW, for little arithmetic; computing the logits
-# again in square tiles costs one product more. On a CPU the two are even at about 140 rows, at half of that where a frozen
-# head has no sum (`python -m benchmarks.preference`); the GPU's number is an estimate from its FLOPs per byte.
-MIN_TILE_ROWS = {"cpu": 160, "cuda": 1024}
+# again in square tiles costs one product more. On a CPU the two are even at about 80 rows, with a trained head as with a
+# frozen one (`python -m benchmarks.preference`); the GPU's number is an estimate from its FLOPs per byte.
+MIN_TILE_ROWS = {"cpu": 100, "cuda": 1024}
 
 
 class Choice(NamedTuple):
@@ -207,7 +207,7 @@ def plan_sequences(
     num_long = len(sizes) if strategy == "deferred" else sum(size > rows for size in sizes)
     extra = v * d * element if trained and strategy != "resident" and num_long > (0 if anchored else 1) else 0
     rows = max(budget - extra, 0) // row_bytes
-    enough = min(MIN_TILE_ROWS[device_type] // (1 if trained else 2), max(sum(lengths), 1))
+    enough = min(MIN_TILE_ROWS[device_type], max(sum(lengths), 1))
     name, why = strategy, _BY_NAME
     if not wanted:
         name, why = "recompute", _NO_GRADIENT
