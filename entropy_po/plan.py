@@ -38,10 +38,6 @@ class TilePlan:
     def one_row_tile(self) -> bool:
         return self.rows >= self.n
 
-    @property
-    def one_col_tile(self) -> bool:
-        return self.cols >= self.v
-
 
 def tile_bytes(rows: int, cols: int, d: int, *, element: int, operand_copies: bool) -> int:
     """Bytes of the buffers that one call reuses from tile to tile: the tile [rows, cols], the sum of dW's columns, one
