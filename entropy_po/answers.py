@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from entropy_po.heads import Head, backbone_hidden_states, head_of
 from entropy_po.ops.linear_token_stats import linear_token_stats
+from entropy_po.ops.sequences import segment_sums
 
 IGNORE_INDEX = -100
 
@@ -53,4 +54,4 @@ def answer_logps(model: nn.Module, batch: dict[str, Tensor], **options) -> Tenso
         **answers.head.options,
         **options,
     )
-    return torch.segment_reduce(stats.logps.double(), "sum", lengths=answers.cu_seqlens.diff().to(stats.logps.device))
+    return segment_sums(stats.logps, answers.cu_seqlens.diff().to(stats.logps.device))

@@ -154,3 +154,30 @@ def make_transform(
             )
         check_device("keep_mask", keep_mask, device)
     return Transform(logit_scale, softcap, temperature, row_temperature, bias, keep_mask)
+
+
+def check_linear(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    keep_mask: Tensor | None,
+    workspace_bytes: int | None,
+) -> tuple[Tensor, Tensor, Transform]:
+    """What every operator on a head checks: (hidden_states, weight), as autocast would have them, and the transform."""
+    hidden_states, weight = check_head(hidden_states, weight, labels)
+    check_workspace(workspace_bytes)
+    transform = make_transform(
+        hidden_states.shape[0],
+        weight.shape[0],
+        hidden_states.device,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        bias=bias,
+        keep_mask=keep_mask,
+    )
+    return hidden_states, weight, transform

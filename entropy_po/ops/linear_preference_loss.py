@@ -20,9 +20,9 @@ from torch import Tensor
 from entropy_po.objective import EntropyObjective
 from entropy_po.ops import checks, linear_token_stats, schema, sequences
 from entropy_po.ops.lm_head import LmHead
-from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
-from entropy_po.plan import Choice, plan_sequences, slices
-from entropy_po.types import state_dtype
+from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences, VocabSums
+from entropy_po.plan import Choice, SequencePlan, slices
+from entropy_po.types import state_dtype, stats_from_state
 
 logger = logging.getLogger("entropy_po")
 
@@ -143,8 +143,9 @@ def linear_preference_loss(
 
     Source: arXiv 2411.07595 (H-DPO), arXiv 2602.15894 (QEMPO).
     """
-    hidden_states, weight = checks.check_head(hidden_states, weight, labels)
-    checks.check_workspace(workspace_bytes)
+    hidden_states, weight, transform = checks.check_linear(
+        hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
+    )
     num_pairs = _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights)
     if not (isinstance(nll_coef, Real) and 0 <= nll_coef < math.inf):
         raise ValueError(f"nll_coef={nll_coef!r} must be a finite number >= 0; 0 for no anchor.")
@@ -160,16 +161,6 @@ def linear_preference_loss(
             raise ValueError(
                 f"ref_weight has {ref_weight.shape[0]} rows, weight has {weight.shape[0]}: one vocabulary, please."
             )
-    transform = checks.make_transform(
-        hidden_states.shape[0],
-        weight.shape[0],
-        hidden_states.device,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        bias=bias,
-        keep_mask=keep_mask,
-    )
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, weight, bias)]
     results = torch.ops.entropy_po.linear_preference_loss(
         hidden_states, weight, bias, labels, cu_seqlens, None if ref_logps is None else ref_logps.detach().reshape(-1),
@@ -233,24 +224,29 @@ class _PairLoss:
     weights: Tensor  # [B], fp64, divided by B for the mean
 
     def __call__(self, logps: Tensor, lengths: Tensor, start: int = 0, stop: int | None = None):
-        """For sequences [start, stop), given their log-probs in fp64: losses, margins, and per pair the unknown scalar
-        dloss/dz * a and the anchor's known weight, so that dloss/dlogp is scalar - anchor, chosen, and -scalar, rejected.
-        """
+        """(losses, margins, scalars) of the pairs in sequences [start, stop), from log-probs in fp64; the scalar is the
+        unknown one, a dloss/dz."""
         stop = 2 * len(self.weights) if stop is None else stop
-        chosen, rejected = logps[0::2], logps[1::2]
-        ref = (
-            (None, None)
-            if self.ref_logps is None
-            else (self.ref_logps[start:stop:2], self.ref_logps[start + 1 : stop : 2])
-        )
+        chosen, rejected, ref = logps[0::2], logps[1::2], (None, None)
+        if self.ref_logps is not None:
+            ref = self.ref_logps[start:stop:2], self.ref_logps[start + 1 : stop : 2]
         margins = self.objective.margin(chosen, rejected, *ref)
         losses, slope = self.objective.pair_loss_and_slope(margins, self.loss, self.label_smoothing)
-        weights = self.weights[start // 2 : stop // 2]
-        scalar = weights * slope * self.objective.policy_coef
-        per_token = self.nll_coef / lengths[0::2].clamp_min(1).double()
         if self.nll_coef:
-            losses = losses - per_token * chosen
-        return losses, margins, scalar, weights * per_token
+            losses = losses - self._nll_per_token(lengths) * chosen
+        return losses, margins, self.weights[start // 2 : stop // 2] * slope * self.objective.policy_coef
+
+    def anchors(self, lengths: Tensor, start: int, stop: int) -> Tensor:
+        """The known weight of each pair's chosen log-prob; 0 without an anchor."""
+        return self.weights[start // 2 : stop // 2] * self._nll_per_token(lengths)
+
+    def upstream(self, logps: Tensor, lengths: Tensor, start: int, stop: int) -> Tensor:
+        """dloss/dlogp of sequences [start, stop)."""
+        scalars = self(logps, lengths, start, stop)[2]
+        return torch.stack([scalars - self.anchors(lengths, start, stop), -scalars], dim=1).view(-1)
+
+    def _nll_per_token(self, lengths: Tensor) -> Tensor:
+        return self.nll_coef / lengths[0::2].clamp_min(1).double()
 
 
 def _forward(
@@ -261,8 +257,10 @@ def _forward(
     if workspace_bytes is None:
         workspace_bytes = sequences.default_workspace(hidden.device)
     num_pairs = cu_seqlens.numel() // 2
+    head = LmHead(hidden, weight, bias, labels, options)
+    seqs = Sequences(head, cu_seqlens)
     if ref_hidden is not None:
-        ref_logps = _reference_logps(ref_hidden, ref_weight, ref_bias, labels, cu_seqlens, options, workspace_bytes)
+        ref_logps = _reference_logps(ref_hidden, ref_weight, ref_bias, labels, seqs, options, workspace_bytes)
     if pair_weights is None:
         pair_weights = hidden.new_ones(num_pairs, dtype=torch.float64)
     pair_loss = _PairLoss(
@@ -273,32 +271,16 @@ def _forward(
         None if ref_logps is None else ref_logps.double(),
         pair_weights.double() / (max(num_pairs, 1) if mean else 1),
     )
-    head = LmHead(hidden, weight, bias, labels, options)
-    seqs = Sequences(head, cu_seqlens)
-    plan = plan_sequences(
-        seqs.host_lengths,
-        head.vocab_size,
-        head.dim,
-        coupled=2,
-        element=head.arithmetic.itemsize,
-        trained=needs[1],
-        workspace_bytes=workspace_bytes,
-        strategy=strategy,
-        wanted=any(needs),
-        can_defer=True,
-        anchored=nll_coef > 0,
-        converts=head.operand_copies,
-        device_type=hidden.device.type,
+    plan = sequences.plan_for(
+        head, seqs, needs, strategy, workspace_bytes, coupled=2, can_defer=True, anchored=nll_coef > 0
     )
     _log(plan.choice.name, plan.choice.reason)
     if plan.choice.name == "recompute":
-        token_logps, token_entropy, grads = _recompute(
-            (hidden, weight, bias, labels, *options), seqs, head, pair_loss, workspace_bytes, needs
-        )
+        token_logps, token_entropy, grads = _recompute(head, seqs, pair_loss, workspace_bytes, needs)
     else:
-        token_logps, token_entropy, grads = _three_products(head, seqs, plan, pair_loss, needs, bias)
+        token_logps, token_entropy, grads = _three_products(head, seqs, plan, pair_loss, needs)
     logps = seqs.sums(token_logps)
-    losses, margins, _, _ = pair_loss(logps, seqs.lengths)
+    losses, margins, _ = pair_loss(logps, seqs.lengths)
     out = state_dtype(hidden.dtype)
     return (
         (pair_loss.weights @ losses).to(out),
@@ -313,32 +295,27 @@ def _forward(
     )
 
 
-def _reference_logps(hidden, weight, bias, labels, cu_seqlens, options, workspace_bytes) -> Tensor:
+def _reference_logps(hidden, weight, bias, labels, seqs: Sequences, options: tuple, workspace_bytes: int) -> Tensor:
     """[2B] in fp64, tile by tile and without gradient."""
-    options = (*options[:6], ["logps"], options[7])
-    logps = linear_token_stats.forward(
-        hidden, weight, bias, labels, *options, sequences.fold_workspace(workspace_bytes, hidden.device)
-    )[0]
-    sequences.check_cu_seqlens(cu_seqlens, labels.numel())
-    return sequences.segment_sums(logps, cu_seqlens.to(logps.device).diff())
+    head = LmHead(hidden, weight, bias, labels, (*options[:6], ["logps"], options[7]))
+    state = linear_token_stats.fold(head, sequences.fold_workspace(workspace_bytes, hidden.device))
+    return seqs.sums(stats_from_state(state[:, : head.num_kept], ("logps",)).logps)
 
 
-def _recompute(arguments: tuple, seqs: Sequences, head: LmHead, pair_loss: _PairLoss, workspace_bytes: int, needs):
+def _recompute(head: LmHead, seqs: Sequences, pair_loss: _PairLoss, workspace_bytes: int, needs: list[bool]):
     """Logits once for the log-probs, and once more for the gradients; tiles of any shape."""
     workspace_bytes = sequences.fold_workspace(workspace_bytes, head.hidden.device)
-    *_, state = results = linear_token_stats.forward(*arguments, workspace_bytes)
-    logps, entropy = (values if head.kept is None else values[head.kept] for values in results[:2])
-    hidden = arguments[0]
-    grads = tuple(hidden.new_empty(0) for _ in range(3))
+    state = linear_token_stats.fold(head, workspace_bytes)
+    stats = stats_from_state(state[:, : head.num_kept], ("logps", "entropy"))
+    grads = tuple(head.hidden.new_empty(0) for _ in needs)
     if any(needs):
-        _, _, scalar, anchor = pair_loss(seqs.sums(logps), seqs.lengths)
-        upstream = torch.stack([scalar - anchor, -scalar], dim=1).view(-1)
-        g_logp = head.scatter(seqs.per_row(upstream).to(logps.dtype))
-        grads = linear_token_stats.backward(g_logp, None, *arguments[:4], state, *arguments[4:], workspace_bytes, needs)
-    return logps, entropy, grads
+        upstream = pair_loss.upstream(seqs.sums(stats.logps), seqs.lengths, 0, len(seqs))
+        g_logp = seqs.per_row(upstream).to(head.arithmetic)
+        grads = linear_token_stats.gradients(head, workspace_bytes, state, g_logp, None, needs)
+    return stats.logps, stats.entropy, grads
 
 
-def _three_products(head: LmHead, seqs: Sequences, plan, pair_loss: _PairLoss, needs, bias):
+def _three_products(head: LmHead, seqs: Sequences, plan: SequencePlan, pair_loss: _PairLoss, needs: list[bool]):
     tiles = RowTiles(head, plan.weight_cols)
     sums = GradientSums(tiles, needs, num_tiles=len(plan.groups) if plan.choice.name == "resident" else 2)
     second = None
@@ -350,7 +327,7 @@ def _three_products(head: LmHead, seqs: Sequences, plan, pair_loss: _PairLoss, n
         if (not sums.vocab.empty or pair_loss.nll_coef) and second is None:
             second = sums.another_vocab()
         _deferred(tiles, seqs, sums, second, pair_loss, group.start, plan.choice.tile_rows)
-    return tiles.logps, tiles.entropy, sums.finish(bias)
+    return tiles.logps, tiles.entropy, sums.finish()
 
 
 def _resident(
@@ -361,8 +338,7 @@ def _resident(
     if rows.start == rows.stop:
         return
     hidden, tile, state = tiles.fold(rows)
-    _, _, scalar, anchor = pair_loss(seqs.sums(tiles.logps[rows], start, stop), seqs.lengths[start:stop], start, stop)
-    upstream = torch.stack([scalar - anchor, -scalar], dim=1).view(-1)
+    upstream = pair_loss.upstream(seqs.sums(tiles.logps[rows], start, stop), seqs.lengths[start:stop], start, stop)
     g_logp = seqs.per_row(upstream, start, stop).to(state.dtype)
     gradient = tiles.head.grad_(tile, rows, tiles.all_cols, state, g_logp, None)
     sums.add(rows, gradient, hidden, sums.vocab)
@@ -372,7 +348,7 @@ def _deferred(
     tiles: RowTiles,
     seqs: Sequences,
     sums: GradientSums,
-    second,
+    second: VocabSums | None,
     pair_loss: _PairLoss,
     start: int,
     tile_rows: int,
@@ -381,7 +357,10 @@ def _deferred(
 
     The anchor's weight on the chosen tokens is known, but another: their part of dW is added with it on the way.
     """
-    chosen, rejected = seqs.rows(start, start + 1), seqs.rows(start + 1, start + 2)
+    stop = start + 2
+    chosen, rejected = seqs.rows(start, start + 1), seqs.rows(start + 1, stop)
+    lengths = seqs.lengths[start:stop]
+    anchor = pair_loss.anchors(lengths, start, stop)[0]
     total = sums.vocab if second is None else second
     total.clear()
     pair = slice(chosen.start, rejected.stop)
@@ -394,20 +373,16 @@ def _deferred(
             gradient = tiles.head.grad_(tile, part, tiles.all_cols, state, g_logp, None)
             sums.add(part, gradient, hidden, total)
         if rows is chosen and not total.empty:
-            anchor = pair_loss.weights[start // 2] * pair_loss.nll_coef / max(chosen.stop - chosen.start, 1)
             sums.vocab.add_(total, -anchor)
-    _, _, scalar, anchor = pair_loss(
-        seqs.sums(tiles.logps[pair], start, start + 2), seqs.lengths[start : start + 2], start, start + 2
-    )
+    scalar = pair_loss(seqs.sums(tiles.logps[pair], start, stop), lengths, start, stop)[2][0]
     if total.empty:
         return
     if total is sums.vocab:
         total.scale_(scalar)
     else:
         sums.vocab.add_(total, scalar)
-    if sums.wants_hidden:
-        sums.hidden[chosen] *= (scalar - anchor).to(sums.hidden.dtype)
-        sums.hidden[rejected] *= scalar.to(sums.hidden.dtype)
+    sums.scale_hidden_(chosen, scalar - anchor)
+    sums.scale_hidden_(rejected, scalar)
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from entropy_po.ops import checks, gemm, schema
-from entropy_po.ops.lm_head import LmHead, Operand
+from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
 from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE, TilePlan, plan_tiles
 from entropy_po.types import Level, TokenStats, new_state, state_dtype, stats_from_state
 
@@ -74,17 +74,8 @@ def linear_token_stats(
         >>> (-stats.logps - 0.01 * stats.entropy).mean().backward()
     """
     outputs = checks.check_outputs(outputs)
-    hidden_states, weight = checks.check_head(hidden_states, weight, labels)
-    checks.check_workspace(workspace_bytes)
-    transform = checks.make_transform(
-        hidden_states.shape[0],
-        weight.shape[0],
-        hidden_states.device,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        bias=bias,
-        keep_mask=keep_mask,
+    hidden_states, weight, transform = checks.check_linear(
+        hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_CUDA_WORKSPACE if hidden_states.is_cuda else DEFAULT_CPU_WORKSPACE
@@ -119,15 +110,56 @@ def _tiles(head: LmHead, plan: TilePlan) -> Iterator[tuple[slice, slice, Operand
             yield rows, cols, hidden, weight, head.logits(hidden, weight, out)
 
 
-def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options) -> tuple[Tensor, ...]:
-    """The operator's kernel: six results, empty where not asked for, and the row state of the kept rows."""
-    *options, workspace_bytes = options
-    head = LmHead(hidden, weight, bias, labels, tuple(options))
+def fold(head: LmHead, workspace_bytes: int) -> Tensor:
+    """The row state [5 or 8, N], its first columns those of the kept rows: one pass over the logits."""
     # One column per row of the call, although only the kept rows' are used: a size that does not depend on the labels.
-    state = new_state(labels.numel(), head.level, hidden)
+    state = new_state(head.num_rows, head.level, head.hidden)
     state[:, head.num_kept :] = 0
     for rows, cols, _, _, tile in _tiles(head, _plan(head, workspace_bytes)):
         head.fold_(tile, rows, cols, state[:, rows])
+    return state
+
+
+def gradients(
+    head: LmHead, workspace_bytes: int, state: Tensor, g_logp: Tensor | None, g_ent: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dH, dW and dbias, empty where not needed, from upstream gradients at the kept rows: a second pass over the logits."""
+    plan, n = _plan(head, workspace_bytes), head.num_kept
+    need_hidden, need_weight, need_bias = needs
+    hidden, weight, bias = head.hidden, head.weight, head.transform.bias
+    hidden_sum = grad_weight = grad_bias = None
+    if need_hidden:
+        hidden_sum = HiddenSum(head, products=-(-plan.v // plan.cols), dtype=hidden.dtype)
+    if need_weight:
+        grad_weight = (torch.empty if n else torch.zeros)(weight.shape, dtype=weight.dtype, device=weight.device)
+    if need_bias:
+        grad_bias = torch.zeros(head.vocab_size, dtype=head.arithmetic, device=weight.device)
+    for rows, cols, hidden_rows, weight_rows, tile in _tiles(head, plan):
+        upstream = (None if g is None else g[rows] for g in (g_logp, g_ent))
+        gradient = head.grad_(tile, rows, cols, state[:, rows], *upstream)
+        if need_hidden:
+            hidden_sum.add_product(rows, gradient, weight_rows, cols.start == 0)
+        if need_weight:
+            whole = plan.one_row_tile and gradient.dtype == weight.dtype
+            shape = (cols.stop - cols.start, head.dim)
+            total = grad_weight[cols] if whole else head.scratch("dW", shape, head.arithmetic)
+            gemm.add_product(total, gradient.t(), hidden_rows.beside(gradient), rows.start == 0, head.scratch)
+            if not whole and rows.stop == n:
+                grad_weight[cols] = total
+        if need_bias:
+            grad_bias[cols] += gradient.sum(0, dtype=head.arithmetic)
+    empty = hidden.new_empty(0)
+    return (
+        hidden_sum.finish() if need_hidden else empty,
+        grad_weight if need_weight else empty.clone(),
+        grad_bias.to(bias.dtype) if need_bias else empty.clone(),
+    )
+
+
+def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options) -> tuple[Tensor, ...]:
+    *options, workspace_bytes = options
+    head = LmHead(hidden, weight, bias, labels, tuple(options))
+    state = fold(head, workspace_bytes)
     results = schema.empty_stats(0, [], hidden)
     for i, value in enumerate(stats_from_state(state[:, : head.num_kept], tuple(options[6]))):
         if value is not None:
@@ -142,49 +174,10 @@ def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
     return *schema.empty_stats(hidden.shape[0], outputs, hidden), state
 
 
-def backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward operator's kernel: dH, dW and dbias, empty where not needed."""
+def _backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *rest) -> tuple[Tensor, Tensor, Tensor]:
     *options, workspace_bytes, needs = rest
     head = LmHead(hidden, weight, bias, labels, tuple(options))
-    plan = _plan(head, workspace_bytes)
-    need_hidden, need_weight, need_bias = needs
-    g_logp, g_ent = head.gather(grad_logps), head.gather(grad_entropy)
-    n = head.num_kept
-    hidden_sum = grad_weight = grad_bias = None
-    if need_hidden:
-        dtype = gemm.accumulator_dtype(hidden.dtype, products=-(-plan.v // plan.cols))
-        # of all rows where it is the result itself, so that the kept rows are spread in it and not copied
-        hidden_sum = hidden.new_zeros((head.num_rows if dtype == hidden.dtype else n, head.dim), dtype=dtype)
-    if need_weight:
-        grad_weight = (torch.empty if n else torch.zeros)(weight.shape, dtype=weight.dtype, device=weight.device)
-    if need_bias:
-        grad_bias = torch.zeros(head.vocab_size, dtype=head.arithmetic, device=weight.device)
-    for rows, cols, hidden_rows, weight_rows, tile in _tiles(head, plan):
-        upstream = (None if g is None else g[rows] for g in (g_logp, g_ent))
-        gradient = head.grad_(tile, rows, cols, state[:, rows], *upstream)
-        if need_hidden:
-            gemm.add_product(hidden_sum[rows], gradient, weight_rows.beside(gradient), cols.start == 0, head.scratch)
-        if need_weight:
-            whole = plan.one_row_tile and gradient.dtype == weight.dtype
-            shape = (cols.stop - cols.start, head.dim)
-            total = grad_weight[cols] if whole else head.scratch("dW", shape, head.arithmetic)
-            gemm.add_product(total, gradient.t(), hidden_rows.beside(gradient), rows.start == 0, head.scratch)
-            if not whole and rows.stop == n:
-                grad_weight[cols] = total
-        if need_bias:
-            grad_bias[cols] += gradient.sum(0, dtype=head.arithmetic)
-    if need_hidden:
-        if hidden_sum.dtype != hidden.dtype:
-            narrow = hidden.new_empty(hidden.shape)
-            narrow[:n] = hidden_sum
-            hidden_sum = narrow
-        head.spread_(hidden_sum, plan.rows)
-    empty = hidden.new_empty(0)
-    return (
-        hidden_sum if need_hidden else empty,
-        grad_weight if need_weight else empty.clone(),
-        grad_bias.to(bias.dtype) if need_bias else empty.clone(),
-    )
+    return gradients(head, workspace_bytes, state, head.gather(grad_logps), head.gather(grad_entropy), needs)
 
 
 def _fake_backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *rest):
@@ -218,8 +211,8 @@ def _autograd(ctx, grad_logps, grad_entropy, *_):
 
 
 for _name, _kernel, _fake in (
-    ("linear_token_stats", forward, _fake_forward),
-    ("linear_token_stats_backward", backward, _fake_backward),
+    ("linear_token_stats", _forward, _fake_forward),
+    ("linear_token_stats_backward", _backward, _fake_backward),
 ):
     schema.LIBRARY.impl(_name, _kernel, "CPU")
     schema.LIBRARY.impl(_name, _kernel, "CUDA")

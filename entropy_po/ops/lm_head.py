@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entropy_po import tiles
 from entropy_po.ops import checks, gemm, schema
+from entropy_po.plan import slices
 from entropy_po.types import Level, Transform, state_dtype
 
 
@@ -124,18 +125,34 @@ class LmHead:
             return values
         return values.new_zeros(self.num_rows).index_copy_(0, self.kept, values)
 
-    def spread_(self, rows: Tensor, chunk: int) -> Tensor:
-        """Of [N, D], the first K rows to their places and 0 elsewhere, in place.
 
-        From the last to the first: a kept row's place never lies before it, so nothing is overwritten unmoved.
-        """
-        if self.kept is None:
-            return rows
-        for stop in range(self.num_kept, 0, -chunk):
-            part = slice(max(0, stop - chunk), stop)
-            rows.index_copy_(0, self.kept[part], rows[part].clone())
-        ignored = torch.ones(self.num_rows, dtype=torch.bool, device=rows.device).index_fill_(0, self.kept, False)
-        return rows.index_fill_(0, ignored.nonzero()[:, 0], 0)
+class HiddenSum:
+    """dH [N, D] of a head, added up over tiles; `rows` holds the kept rows first."""
+
+    def __init__(self, head: LmHead, products: int, dtype: torch.dtype):
+        """Sums of `products` products per row, for a result of `dtype`."""
+        self.head, self.dtype = head, dtype
+        sum_dtype = gemm.accumulator_dtype(dtype, products)
+        # of all rows where it is the result itself, so that the kept rows are spread in it and not copied
+        num_rows = head.num_rows if sum_dtype == dtype else head.num_kept
+        self.rows = head.hidden.new_empty((num_rows, head.dim), dtype=sum_dtype)
+
+    def add_product(self, rows: slice, gradient: Tensor, weight: Operand, first: bool) -> None:
+        gemm.add_product(self.rows[rows], gradient, weight.beside(gradient), first, self.head.scratch)
+
+    def finish(self) -> Tensor:
+        """The result, every row in its place and 0 where the label is ignored."""
+        head, result = self.head, self.rows
+        if result.dtype != self.dtype:
+            result = head.hidden.new_empty(head.hidden.shape, dtype=self.dtype)
+            result[: head.num_kept] = self.rows
+        if head.kept is None:
+            return result
+        # From the last to the first: a kept row's place never lies before it, so nothing is overwritten unmoved.
+        for part in reversed(list(slices(0, head.num_kept, 128))):
+            result.index_copy_(0, head.kept[part], result[part].clone())
+        ignored = torch.ones(head.num_rows, dtype=torch.bool, device=result.device).index_fill_(0, head.kept, False)
+        return result.index_fill_(0, ignored.nonzero()[:, 0], 0)
 
 
 def _rows_of(transform: Transform, kept: Tensor) -> Transform:

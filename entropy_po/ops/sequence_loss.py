@@ -12,7 +12,7 @@ from entropy_po.ops import checks, schema, sequences
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
-from entropy_po.plan import Choice, SequencePlan, plan_sequences, slices
+from entropy_po.plan import Choice, SequencePlan, slices
 from entropy_po.types import state_dtype
 
 
@@ -115,23 +115,14 @@ def sequence_loss(
     if not set(outputs) <= {"logps", "entropy"}:
         raise ValueError(f"outputs={outputs!r}: only logps and entropy are differentiable.")
     outputs = ("logps", "entropy") if "entropy" in outputs else ("logps",)
-    hidden_states, weight = checks.check_head(hidden_states, weight, labels)
-    checks.check_workspace(workspace_bytes)
+    hidden_states, weight, transform = checks.check_linear(
+        hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
+    )
     checks.check_offsets(cu_seqlens)
     if not isinstance(coupled, int) or coupled < 0 or (coupled and (cu_seqlens.numel() - 1) % coupled):
         raise ValueError(
             f"coupled={coupled!r} must be 0 (a term reads one token) or divide the {cu_seqlens.numel() - 1} sequences."
         )
-    transform = checks.make_transform(
-        hidden_states.shape[0],
-        weight.shape[0],
-        hidden_states.device,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        bias=bias,
-        keep_mask=keep_mask,
-    )
     options = schema.flat_options(transform, ignore_index, outputs, backend)
     inputs = hidden_states, weight, bias
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
@@ -140,19 +131,7 @@ def sequence_loss(
     with torch.no_grad():
         head = LmHead(hidden_states, weight, bias, labels, options)
         seqs = Sequences(head, cu_seqlens)
-    plan = plan_sequences(
-        seqs.host_lengths,
-        head.vocab_size,
-        head.dim,
-        coupled=coupled,
-        element=head.arithmetic.itemsize,
-        trained=needs[1],
-        workspace_bytes=workspace_bytes,
-        strategy=strategy,
-        wanted=any(needs),
-        converts=head.operand_copies,
-        device_type=hidden_states.device.type,
-    )
+    plan = sequences.plan_for(head, seqs, needs, strategy, workspace_bytes, coupled=coupled)
     batches = _Batches(head, seqs, coupled)
     if plan.choice.name == "recompute":
         stats = linear_token_stats(
@@ -232,7 +211,7 @@ class _Resident(torch.autograd.Function):
             total += loss.detach()
             gradient = head.grad_(tile, rows, tiles.all_cols, state, *upstream, *(None,) * (2 - len(upstream)))
             sums.add(rows, gradient, states, sums.vocab)
-        ctx.save_for_backward(*sums.finish(bias))
+        ctx.save_for_backward(*sums.finish())
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(tiles.logps, tiles.entropy)
         return total, tiles.logps, tiles.entropy

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from entropy_po.ops import gemm
-from entropy_po.ops.lm_head import LmHead, Operand
-from entropy_po.plan import CUDA_WORKSPACE_SHARE, DEFAULT_CPU_SEQUENCE_WORKSPACE, DEFAULT_CPU_WORKSPACE, slices
+from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
+from entropy_po.plan import (
+    CUDA_WORKSPACE_SHARE,
+    DEFAULT_CPU_SEQUENCE_WORKSPACE,
+    DEFAULT_CPU_WORKSPACE,
+    SequencePlan,
+    plan_sequences,
+    slices,
+)
 from entropy_po.types import new_state, stats_from_state
 
 
@@ -26,28 +33,21 @@ def fold_workspace(workspace_bytes: int, device: torch.device) -> int:
     return min(workspace_bytes, DEFAULT_CPU_WORKSPACE) if device.type == "cpu" else workspace_bytes
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> list[int]:
-    """The offsets on the host.
-
-    Raises:
-        ValueError: they do not run from 0 to the number of rows without a step back.
-    """
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != num_rows or any(b < a for a, b in pairwise(offsets)):
-        shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
-        raise ValueError(f"cu_seqlens={shown} must rise from 0 to the {num_rows} rows of hidden_states.")
-    return offsets
-
-
 class Sequences:
     """Where each sequence lies among the kept rows of a head."""
 
     def __init__(self, head: LmHead, cu_seqlens: Tensor):
-        self.starts = check_cu_seqlens(cu_seqlens, head.num_rows)
+        """
+        Raises:
+            ValueError: the offsets do not run from 0 to the number of rows without a step back.
+        """
+        self.starts = offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != head.num_rows or any(b < a for a, b in pairwise(offsets)):
+            shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
+            raise ValueError(f"cu_seqlens={shown} must rise from 0 to the {head.num_rows} rows of hidden_states.")
         if head.kept is not None:
             self.starts = torch.searchsorted(head.kept, cu_seqlens.to(head.kept)).tolist()
-        ends = torch.tensor(self.starts, device=head.labels.device)
-        self.lengths = ends.diff()
+        self.lengths = torch.tensor(self.starts, device=head.labels.device).diff()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -69,6 +69,25 @@ class Sequences:
         """A value per sequence of [start, stop) at each of its rows."""
         rows = self.rows(start, len(self) if stop is None else stop)
         return values.repeat_interleave(self.lengths[start:stop], output_size=rows.stop - rows.start)
+
+
+def plan_for(
+    head: LmHead, seqs: Sequences, needs: Sequence[bool], strategy: str, workspace_bytes: int, **loss
+) -> SequencePlan:
+    """`plan_sequences` for a head; `loss` says what it knows of the loss: coupled, can_defer, anchored."""
+    return plan_sequences(
+        seqs.host_lengths,
+        head.vocab_size,
+        head.dim,
+        element=head.arithmetic.itemsize,
+        trained=needs[1],
+        wanted=any(needs),
+        converts=head.operand_copies,
+        device_type=head.hidden.device.type,
+        workspace_bytes=workspace_bytes,
+        strategy=strategy,
+        **loss,
+    )
 
 
 def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
@@ -131,7 +150,7 @@ class VocabSums:
 
     def scale_(self, factor: Tensor) -> None:
         for total in self._totals():
-            total.mul_(factor.to(total.dtype))
+            total.mul_(factor)
 
     def add_(self, other: VocabSums, factor: Tensor) -> None:
         """self += factor * other, in one pass."""
@@ -159,14 +178,11 @@ class GradientSums:
     def __init__(self, tiles: RowTiles, needs: tuple[bool, bool, bool], num_tiles: int):
         head = tiles.head
         self.tiles = tiles
-        self.wants_hidden, wants_weight, wants_bias = needs
+        wants_hidden, wants_weight, wants_bias = needs
         self.hidden = None
-        if self.wants_hidden:
-            dtype = gemm.accumulator_dtype(head.hidden.dtype, products=-(-head.vocab_size // tiles.weight_cols))
-            dtype = held_dtype(dtype)
-            # of all rows where it is the result itself, so that the kept rows are spread in it and not copied
-            rows = head.num_rows if dtype == held_dtype(head.hidden.dtype) else head.num_kept
-            self.hidden = head.hidden.new_empty((rows, head.dim), dtype=dtype)
+        if wants_hidden:
+            products = -(-head.vocab_size // tiles.weight_cols)
+            self.hidden = HiddenSum(head, products, held_dtype(head.hidden.dtype))
         self.weight_dtype = None
         if wants_weight:
             self.weight_dtype = held_dtype(gemm.accumulator_dtype(head.weight.dtype, num_tiles))
@@ -177,31 +193,29 @@ class GradientSums:
 
     def add(self, rows: slice, gradient: Tensor, hidden: Operand, vocab: VocabSums) -> None:
         """The products of one tile: dH of its rows, and its part of dW into `vocab`."""
-        head = self.tiles.head
-        if self.wants_hidden:
+        if self.hidden is not None:
             for cols in self.tiles.col_slices():
-                right = head.weight_rows(cols).beside(gradient)
-                gemm.add_product(self.hidden[rows], gradient[:, cols], right, cols.start == 0, head.scratch)
+                weight = self.tiles.head.weight_rows(cols)
+                self.hidden.add_product(rows, gradient[:, cols], weight, cols.start == 0)
         vocab.add_product(gradient, hidden)
 
-    def finish(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def scale_hidden_(self, rows: slice, factor: Tensor) -> None:
+        """By a scalar tensor: of no dimension, so that bf16 rows are multiplied by all its digits."""
+        if self.hidden is not None:
+            self.hidden.rows[rows] *= factor
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dH, dW, dbias), [0] where not wanted."""
         head = self.tiles.head
         empty = head.hidden.new_empty(0)
-        grad_hidden, grad_weight, grad_bias = self.hidden, self.vocab.weight, self.vocab.bias
-        if self.wants_hidden:
-            held = held_dtype(head.hidden.dtype)
-            if grad_hidden.dtype != held:
-                grad_hidden = head.hidden.new_empty(head.hidden.shape, dtype=held)
-                grad_hidden[: head.num_kept] = self.hidden
-            head.spread_(grad_hidden, chunk=1024)
+        grad_weight, grad_bias = self.vocab.weight, self.vocab.bias
         if grad_weight is not None:
             grad_weight = grad_weight.zero_() if self.vocab.empty else grad_weight
             grad_weight = grad_weight.to(held_dtype(head.weight.dtype))
         return (
-            empty if grad_hidden is None else grad_hidden,
+            empty if self.hidden is None else self.hidden.finish(),
             empty.clone() if grad_weight is None else grad_weight,
-            empty.clone() if grad_bias is None else grad_bias.to(held_dtype(bias.dtype)),
+            empty.clone() if grad_bias is None else grad_bias.to(held_dtype(head.transform.bias.dtype)),
         )
 
 
