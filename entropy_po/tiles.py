@@ -223,7 +223,7 @@ def bf16_overlay(tile: Tensor) -> Tensor:
 
 def scratch_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.empty([size]), on large pages where the system has them: a call's tile is written for the first time once per
-    call, and faulting in 200 MiB of small pages takes 40 ms."""
+    call, and each small page of it would be a fault of its own."""
     tensor = torch.empty(size, dtype=dtype, device=device)
     if device.type == "cpu" and (core := compiled_core()) is not None:
         core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
