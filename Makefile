@@ -21,7 +21,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python -m benchmarks.bars
+	$(BIN)/python -m benchmarks
 
 # what only a GPU can show, with the Python that has torch and triton (PYTHON=...); says so and passes where there is none
 gpu-check:

@@ -1,7 +1,7 @@
 """Bytes and FLOPs of every path, and the least time they take: `python -m benchmarks.floors` writes docs/floors.md.
 
-n rows, v words, d hidden size, b bytes per logit or operand (2: bf16). Peak rates are the vendor's; `benchmarks.gpu_times`
-uses the same counts with rates that it measures.
+n rows, v words, d hidden size, b bytes per logit or operand (2: bf16). Peak rates are the vendor's; `make gpu-check`
+measures beside these what a copy and bare products take on the machine it runs on.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_times import milliseconds
+from entropy_po.bench.timing import median_ms
 from entropy_po.kernels.config import LaunchConfig, architecture
 from entropy_po.kernels.launch import fold_, grad_
 from entropy_po.types import Level, Transform, new_state
@@ -39,7 +39,7 @@ def timed(kernel: str, dtype: torch.dtype, config: LaunchConfig, tiles: list) ->
             moved = 2 * tile.nbytes
             run = lambda t=tile, y=labels, s=state, g=upstream: grad_(t, y, 0, s, g, g, Transform(), config=config)  # noqa: E731
         try:
-            costs.append(milliseconds(run, rounds=5) / moved * 1e6)
+            costs.append(median_ms(run, rounds=5) / moved * 1e6)
         except Exception as error:  # out of shared memory or registers: not a block for this device
             print(f"  {kernel} {dtype} {config}: {type(error).__name__}")
             return math.inf

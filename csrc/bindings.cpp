@@ -3,9 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <stdexcept>
 #include <string>
@@ -75,18 +72,6 @@ TileArgs with_gradient(TileArgs a, uintptr_t g_logp, uintptr_t g_entropy, uintpt
     throw std::invalid_argument("out dtype must be the tile's, or bfloat16 for a float32 tile");
   }
   return a;
-}
-
-// Fresh memory costs a fault per page when it is first written: 512 times fewer in pages of 2 MiB than of 4 KiB.
-void advise_huge_pages(uintptr_t address, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t first = (address + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (address + bytes) / kPage * kPage;
-  if (last > first) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);  // a wish: an error changes nothing
-#else
-  (void)address, (void)bytes;
-#endif
 }
 
 }  // namespace
@@ -166,8 +151,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("out_stride"), py::arg("device"), py::arg("stream"));
 #endif
 
-  m.def("advise_huge_pages", &advise_huge_pages, "Ask the system for large pages under memory not yet written.",
-        py::arg("address"), py::arg("bytes"));
   m.def("gemm_bf16_supported", &entropy_po::gemm_bf16_supported, "Whether this processor can run gemm_bf16.");
   m.def(
       "gemm_bf16",

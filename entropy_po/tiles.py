@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Sequence
 from enum import Enum
 from functools import cache
 from types import ModuleType
@@ -220,15 +219,6 @@ def grad_(
 def bf16_overlay(tile: Tensor) -> Tensor:
     """A bf16 [n, v] view in the memory of an fp32 tile, each row at its row's start: `grad_` may narrow into it."""
     return tile.view(torch.bfloat16)[:, : tile.shape[1]]
-
-
-def fresh_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty, on large pages where the system has them: tiles and gradients are written for the first time in every
-    call, and each small page of theirs would be a fault of its own."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and (core := compiled_core()) is not None:
-        core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
 
 
 def _cuda_stream(tile: Tensor) -> tuple[int, int]:

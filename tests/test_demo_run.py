@@ -16,7 +16,7 @@ from rich.console import Console
 
 from entropy_po.demo import run
 from entropy_po.evaluation import plots
-from entropy_po.trainer.memory import peak_bytes, reset_peak
+from entropy_po.memory import peak_bytes, reset_peak
 
 PROMPTS = 32
 

@@ -32,9 +32,9 @@ from entropy_po.demo.tasks import heldout_tasks, quality
 from entropy_po.evaluation import plots
 from entropy_po.evaluation.evaluate import evaluate
 from entropy_po.evaluation.pairs import accuracy, pair_logps
+from entropy_po.memory import peak_bytes, reset_peak
 from entropy_po.models import SMOLLM2, load_model, load_tokenizer
 from entropy_po.trainer import EntropyPOConfig, PreferenceTrainer
-from entropy_po.trainer.memory import peak_bytes, reset_peak
 
 BETA = 0.1
 UNTRAINED = "untrained"

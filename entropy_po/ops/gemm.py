@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from entropy_po.plan import slices
-from entropy_po.tiles import bf16_overlay, compiled_core, fresh_memory
+from entropy_po.tiles import bf16_overlay, compiled_core
 from entropy_po.types import state_dtype
 
 # Columns of logits that the CPU's matrix library makes at a time: rows of 150,000 written in one product take it up to a
@@ -76,7 +76,7 @@ class Scratch:
         size = shape[0] * shape[1]
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[name, dtype] = fresh_memory([size], dtype, self.device)
+            buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return buffer[:size].view(shape)
 
 

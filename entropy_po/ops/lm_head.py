@@ -135,7 +135,7 @@ class HiddenSum:
         sum_dtype = gemm.accumulator_dtype(dtype, products)
         # of all rows where it is the result itself, so that the kept rows are spread in it and not copied
         num_rows = head.num_rows if sum_dtype == dtype else head.num_kept
-        self.rows = tiles.fresh_memory((num_rows, head.dim), sum_dtype, head.hidden.device)
+        self.rows = head.hidden.new_empty((num_rows, head.dim), dtype=sum_dtype)
 
     def add_product(self, rows: slice, gradient: Tensor, weight: Operand, first: bool) -> None:
         gemm.add_product(self.rows[rows], gradient, weight.beside(gradient), first, self.head.scratch)

@@ -12,12 +12,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from entropy_po.answers import Answers, answer_logps
 from entropy_po.heads import check_head
+from entropy_po.memory import peak_bytes
 from entropy_po.ops.linear_preference_loss import PreferenceOutput, linear_preference_loss
 from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
 from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint
 from entropy_po.trainer.config import EntropyPOConfig
 from entropy_po.trainer.data import PairCollator, PairDataset, load_rows, tokenize_pairs
-from entropy_po.trainer.memory import peak_bytes
 from entropy_po.trainer.reference_cache import attach_reference
 
 # Sums over pairs (first) and over tokens, kept on the device between two rows of metrics.

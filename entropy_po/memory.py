@@ -24,7 +24,7 @@ def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
-        return status_bytes("VmHWM")
+        return _status_bytes("VmHWM")
     except OSError:
         pass
     try:
@@ -34,7 +34,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def status_bytes(field: str) -> int:
-    """A memory field of /proc/self/status: VmRSS for what is resident now, VmHWM for its peak."""
+def held_bytes() -> int:
+    """Memory held now: of the CUDA allocator where there is a GPU, else resident. CPU: Linux only."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))

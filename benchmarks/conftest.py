@@ -1,0 +1,136 @@
+"""Wires the suites into pytest-benchmark: `python -m benchmarks` runs all of them and writes the report.
+
+A test is one reading: one implementation, of one case, in one round. Readings of a round follow one another and every
+round starts one implementation further on, so a machine that slows down slows all of them, and the report compares within
+rounds. `pytest benchmarks --benchmark-enable -k "pair and TRL"` runs some.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+from functools import partial
+from typing import ClassVar
+
+import pytest
+import torch
+
+from benchmarks import report, suites
+from benchmarks.step import StepCase, StepProblem
+from entropy_po.bench.implementations import implementations
+from entropy_po.bench.measure import one_line
+from entropy_po.bench.problem import Case, Problem
+from entropy_po.bench.timing import repeats_for, rotated
+
+FLOOR = "floor"
+UNAVAILABLE, MEMORY = pytest.StashKey[dict](), pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("entropy_po")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    group.addoption("--rounds", type=int, default=5, help="readings of every implementation")
+    group.addoption("--long", action="store_true", help="also the cases that take minutes a reading")
+    group.addoption("--quick", action="store_true", help="on a GPU: the smaller shapes only")
+
+
+def pytest_configure(config):
+    config.stash[UNAVAILABLE], config.stash[MEMORY] = defaultdict(dict), []
+
+
+def _suites(config) -> dict[str, list[suites.Row]]:
+    if config.getoption("--device") == "cuda":
+        return suites.cuda(config.getoption("--quick"))
+    return suites.cpu(config.getoption("--long"))
+
+
+def pytest_generate_tests(metafunc):
+    """Each suite's test takes its readings in the order in which they are made."""
+    if "memory_row" in metafunc.fixturenames:
+        rows = suites.memory(metafunc.config.getoption("--device"), metafunc.config.getoption("--long"))
+        metafunc.parametrize("memory_row", rows, ids=[f"{case.name}: {who}" for case, who in rows])
+    if "reading" not in metafunc.fixturenames:
+        return
+    name = metafunc.function.__name__.removeprefix("test_")
+    readings, ids = [], []
+    for row in _suites(metafunc.config).get(name, ()):
+        names = [FLOOR, *(row.who or implementations(row.case))]
+        for i in range(min(row.rounds or 99, metafunc.config.getoption("--rounds"))):
+            for who in rotated(names, i):
+                readings.append((row.case, who, i))
+                ids.append(f"{row.case.name}: {who}, round {i}")
+    metafunc.parametrize("reading", readings, ids=ids)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.clear()
+    machine_info.update(report.machine(config.getoption("--device")))
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["unavailable"] = {name: found for name, found in config.stash[UNAVAILABLE].items() if found}
+    output_json["memory"] = config.stash[MEMORY]
+
+
+class Current:
+    """The one case that is in memory, and what is known of each implementation of it: repeats and errors."""
+
+    case: Case | None = None
+    problem: Problem | StepProblem | None = None
+    known: ClassVar[dict[str, dict]] = {}
+
+    @classmethod
+    def of(cls, case: Case | StepCase) -> Problem | StepProblem:
+        if cls.case != case:
+            cls.case, cls.problem, cls.known = case, None, {}  # the old one is gone before the new one is made
+            torch.compiler.reset()  # it stops compiling after a few shapes
+            cls.problem = Problem(case) if isinstance(case, Case) else StepProblem(case)
+        return cls.problem
+
+
+@pytest.fixture
+def measure(request, benchmark):
+    """Take one reading of (case, name of an implementation, round)."""
+    threads = torch.get_num_threads()
+
+    def take(reading: tuple[Case | StepCase, str, int]) -> None:
+        case, who, _ = reading
+        unavailable = request.config.stash[UNAVAILABLE][case.name]
+        if who in unavailable:
+            pytest.skip(unavailable[who])
+        torch.set_num_threads(case.threads or threads)
+        problem = Current.of(case)
+        floor_name, floor, scale = problem.floor
+        run = floor if who == FLOOR else partial(problem.run, problem.implementation(who))
+        if who not in Current.known:
+            try:  # the first call also loads libraries and compiles; its results are checked
+                results = run()
+                errors = {} if who == FLOOR else problem.errors(*results)
+            except Exception as error:
+                unavailable[who] = one_line(error)
+                pytest.skip(unavailable[who])
+            Current.known[who] = {"errors": errors, "repeats": repeats_for(run)}
+            del results
+        repeats = Current.known[who]["repeats"]
+        benchmark.group = case.name
+        benchmark.extra_info.update(
+            suite=request.function.__name__.removeprefix("test_"), case=asdict(case), name=case.name,
+            who=floor_name if who == FLOOR else who, floor=who == FLOOR, scale=scale, **Current.known[who],
+        )  # fmt: skip
+
+        def once() -> None:
+            for _ in range(repeats):
+                run()
+            if case.device == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(once, rounds=1, iterations=1)
+
+    yield take
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def remember(request):
+    """Keep a memory reading for the report."""
+    return request.config.stash[MEMORY].append

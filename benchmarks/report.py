@@ -1,0 +1,209 @@
+"""From pytest-benchmark's readings to one small JSON, and from that to a page of tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from benchmarks import charts
+from benchmarks.bars import bars, beside
+from entropy_po import describe
+from entropy_po.bench.implementations import OURS
+from entropy_po.bench.measure import summarised
+from entropy_po.bench.timing import NOISY
+
+TITLES = {
+    "logits": ("Logits path", "Log-probs and entropy of logits that exist. Floor: one read forward; with a gradient, one read "
+               "and one write more, at the rate of a copy of the same tensor."),
+    "hidden": ("Hidden path", "Log-probs and entropy per token from hidden states and the head's weight; their upstream "
+               "gradients come later. Floor: the bare products of a method that holds no logits."),
+    "nll": ("Mean negative log-prob", "A loss that is one number, whose gradients can be made in the forward. Floor: three "
+            "bare products."),
+    "pair": ("Preference loss of one pair", "DPO's loss, without a reference so that every peer computes the same. Floor: "
+             "three bare products, two with a frozen head."),
+    "step": ("A whole training step", "H-DPO on a real model, optimiser included. Floor: the backbone's forward and backward, "
+             "three bare products, the optimiser. The error is that of the tied embedding's gradient, against the model in fp32."),
+    "scaling": ("How time grows", "The pair's loss, one size changed at a time."),
+}  # fmt: skip
+
+
+def condensed(readings: dict, command: str) -> dict:
+    """The report of pytest-benchmark's own JSON."""
+    cases: dict[tuple[str, str], dict] = {}
+    for reading in readings["benchmarks"]:
+        info = reading["extra_info"]
+        row = cases.setdefault(
+            (info["suite"], info["name"]), {"info": info, "seconds": defaultdict(list), "errors": {}}
+        )
+        (seconds,) = reading["stats"]["data"]
+        row["seconds"][info["who"]].append(seconds / info["repeats"])
+        row["errors"][info["who"]] = info["errors"]
+        if info["floor"]:
+            row["floor"] = info["who"]
+    rows = [
+        {
+            "suite": suite,
+            **summarised(
+                name, row["info"]["case"], row["floor"], row["info"]["scale"], row["seconds"], row["errors"]
+            ),
+        }
+        for (suite, name), row in cases.items()
+    ]  # fmt: skip
+    return finished(command, readings["machine_info"], rows, readings["memory"], readings["unavailable"])
+
+
+def machine(device: str) -> dict:
+    """Facts that a time depends on; no name of the machine."""
+    facts = describe()
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "processor": facts["cpu"]["processor"],
+        "instruction_set": (facts["cpu"]["instruction_sets"] or ["none"])[0],
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "clock_mhz": _clock(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "backends": facts["backends"],
+        "versions": {name: version for name, version in facts["versions"].items() if version},
+    }
+
+
+def _clock() -> int | None:
+    """What /proc/cpuinfo says now, in MHz, as a mean over cores."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    except OSError:
+        return None
+    return round(sum(clocks) / len(clocks)) if clocks else None
+
+
+def write(report: dict, folder: Path) -> str:
+    """Writes report.json, report.md and the pictures into benchmarks/results/<device>; returns the page."""
+    folder = folder / re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = markdown(report, charts.draw(report, folder))
+    (folder / "report.md").write_text(text)
+    return f"{text}\nwritten to {folder}"
+
+
+def finished(command: str, machine: dict, rows: list[dict], memory: list[dict], unavailable: dict) -> dict:
+    """The report: what was measured, where, and which promises it keeps."""
+    report = {"command": command, "machine": machine, "rows": rows, "memory": memory, "unavailable": unavailable}
+    report["bars"] = [{**bar._asdict(), "held": bar.held} for bar in bars(report)]
+    return report
+
+
+def markdown(report: dict, pictures: dict[str, str]) -> str:
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"# Benchmarks on {machine['device'] if machine['device'] != 'CPU' else machine['processor']}",
+        "",
+        f"`{report['command']}`: {machine['threads']} threads of {machine['cores']} cores, {machine['instruction_set']}, "
+        f"{machine['clock_mhz'] or 'unknown'} MHz, load {machine['load_1min']} at the end. {versions}.",
+        "",
+        "Times are medians over interleaved rounds, ratios medians of ratios within a round. Errors are against fp64: the worst "
+        "output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
+        "bold.",
+        *_noise(report),
+        *_bars(report["bars"]),
+    ]
+    for suite, (title, about) in TITLES.items():
+        rows = [row for row in report["rows"] if row["suite"] == suite]
+        if rows:
+            lines += ["", f"## {title}", "", about]
+            if suite in pictures:
+                lines += ["", f"![{title}]({pictures[suite]})"]
+            lines += ["", *_times(rows)]
+    lines += _memory(report["memory"], pictures)
+    if "accuracy" in pictures:
+        lines += ["", "## Accuracy against speed", "", f"![Accuracy against speed]({pictures['accuracy']})"]
+    lines += _unavailable(report["unavailable"])
+    return "\n".join(lines) + "\n"
+
+
+def _noise(report: dict) -> list[str]:
+    spreads = [who["spread"] for row in report["rows"] for who in row["who"] if row["rounds"] > 2]
+    noisy = sum(value > NOISY for value in spreads)
+    if not noisy:
+        return []
+    lines = [
+        "",
+        f"{noisy} of {len(spreads)} times spread over more than {NOISY:.0%} of their median; they are marked ~.",
+    ]
+    if noisy > len(spreads) / 4:
+        lines[-1] = f"**The machine was too busy to believe a few percent:** {lines[-1]}"
+    return lines
+
+
+def _bars(found: list[dict]) -> list[str]:
+    lines = ["", f"## Promises: {sum(bar['held'] for bar in found)} of {len(found)} held", ""]
+    lines += ["| | measured | promised | held |", "|---|---:|---:|---|"]
+    for bar in found:
+        sign, held = ("at least" if bar["at_least"] else "at most"), "yes" if bar["held"] else "**no**"
+        lines.append(f"| {bar['name']} | {bar['value']:.3g} | {sign} {bar['limit']:g} | {held} |")
+    return lines if found else []
+
+
+def _times(rows: list[dict]) -> list[str]:
+    lines = ["| case | who | ms | times the floor | times entropy_po | error, nats | gradient error |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        for i, who in enumerate(row["who"]):
+            errors = who["errors"]
+            cells = [
+                row["name"] if i == 0 else "",
+                f"*{who['name']}*" if who["name"] == row["floor"] else who["name"],
+                f"{who['ms']:.1f}" + ("~" if who["spread"] > NOISY else ""),
+                f"{who['times_floor']:.2f}" if "times_floor" in who and who["name"] != row["floor"] else "",
+                _against_ours(who, is_floor=who["name"] == row["floor"]),
+                f"{errors['value']:.1e}" if "value" in errors else "",
+                f"{errors['gradient']:.1e}" if "gradient" in errors else "",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _against_ours(who: dict, is_floor: bool) -> str:
+    if "times_ours" not in who:
+        return ""
+    figure = f"{who['times_ours']:.2f}"
+    return figure if is_floor or who["name"].startswith(OURS) or who["times_ours"] >= 1 else f"**{figure}**"
+
+
+def _memory(rows: list[dict], pictures: dict[str, str]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["", "## Memory against context", "", "Peak MiB beside the inputs, of a process that does nothing else; what is "
+             "held between forward and backward; and the peak beside inputs and gradients."]  # fmt: skip
+    if "memory" in pictures:
+        lines += ["", f"![Memory against context]({pictures['memory']})"]
+    lines += [
+        "",
+        "| tokens | who | forward | held between | backward | beside gradients |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        who = row["who"] if row["path"] == "pair" else f"{row['who']} linear_token_stats"
+        if "error" in row:
+            lines.append(f"| {row['n']} | {who} | {row['error']} | | | |")
+            continue
+        cells = [f"{value / 2**20:.0f}" for value in (row["forward"], row["held"], row["backward"], beside(row))]
+        lines.append(f"| {row['n']} | {who} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _unavailable(unavailable: dict[str, dict[str, str]]) -> list[str]:
+    reasons = {(who, why) for found in unavailable.values() for who, why in found.items()}
+    if not reasons:
+        return []
+    return ["", "## What could not run here, with its own words", ""] + [
+        f"* {who}: {why}" for who, why in sorted(reasons)
+    ]

@@ -1,0 +1,97 @@
+"""What is measured on which device. Every case is one row of parameters; implementations come from entropy_po.bench."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.step import StepCase
+from entropy_po.bench.implementations import OURS
+from entropy_po.bench.problem import Case
+
+FP32, BF16 = "float32", "bfloat16"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case, and who takes part: None for everyone."""
+
+    case: Case | StepCase
+    who: tuple[str, ...] | None = None
+    rounds: int | None = None  # where the suite's own number would take too long
+
+
+NO_PEERS = (OURS, f"{OURS} recompute")
+SIX = (OURS, f"{OURS} recompute", "eager", "torch.compile", "TRL", "Liger DPO")
+
+
+def cpu(long: bool) -> dict[str, list[Row]]:
+    logits = [
+        Row(Case("logits", 512, v, dtype=dtype, backward=backward))
+        for v in (32768, 151936) for dtype in (FP32, BF16) for backward in (False, True)
+    ]  # fmt: skip
+    logits += [Row(Case("logits", 512, 32768, dtype=dtype, entropy=False, peaked=True)) for dtype in (FP32, BF16)]
+    hidden = [Row(Case("hidden", 512, 32768, 1024, dtype)) for dtype in (FP32, BF16)]
+    hidden += [
+        Row(Case("hidden", 512, 32768, 1024, BF16, trained=False)),
+        Row(Case("hidden", 512, 32768, 1024, BF16, entropy=False, peaked=True)),
+        Row(Case("hidden", 1024, 49152, 576, BF16, backward=False)),
+    ]
+    nll = [Row(Case("nll", 1024, 32768, 576, dtype)) for dtype in (FP32, BF16)]
+    pair = [Row(Case("pair", 1024, 49152, 576, dtype), SIX) for dtype in (FP32, BF16)]
+    pair += [Row(Case("pair", 1024, 49152, 576, dtype, trained=False), NO_PEERS) for dtype in (FP32, BF16)]
+    pair += [
+        Row(Case("pair", 1024, 151936, 576, dtype, trained), NO_PEERS, 3)
+        for dtype in (FP32, BF16) for trained in (True, False)
+    ]  # fmt: skip
+    pair += [Row(Case("pair", 4096, 49152, 576, dtype), NO_PEERS, 3) for dtype in (FP32, BF16)]
+    if long:
+        pair += [
+            Row(Case("pair", n, v, d, dtype, trained), NO_PEERS, 3 if n * d * v < 3e11 else 1)
+            for n, v, d in ((1024, 49152, 1024), (1024, 151936, 1024), (4096, 151936, 1024), (16384, 49152, 576),
+                            (16384, 151936, 1024))
+            for dtype in (FP32, BF16) for trained in (True, False) if trained or n < 16384
+        ]  # fmt: skip
+    step, scaling = [Row(StepCase(), (OURS, "eager"))], [Row(case, (OURS, "eager", "TRL"), 3) for case in SCALED]
+    return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair, "step": step, "scaling": scaling}
+
+
+def cuda(quick: bool) -> dict[str, list[Row]]:
+    device = "cuda"
+    shapes = [(8192, 151936), (4096, 131072)] + ([] if quick else [(16384, 248320)])
+    logits = [
+        Row(Case("logits", n, v, dtype=BF16, backward=b, device=device)) for n, v in shapes for b in (False, True)
+    ]
+    logits += [Row(Case("logits", 8192, 151936, dtype=BF16, peaked=True, device=device))]
+    logits += [Row(Case("logits", 4096, 151936, dtype=FP32, device=device))]
+    shapes = [(8192, 151936, 4096), (4096, 131072, 4096)] + ([] if quick else [(16384, 248320, 2048)])
+    hidden, nll, pair = (
+        [Row(Case(path, *shape, BF16, trained, device=device)) for shape in shapes for trained in (True, False)]
+        for path in ("hidden", "nll", "pair")
+    )
+    if not quick:
+        pair += [Row(Case("pair", n, 151936, 4096, BF16, device=device), (OURS,), 3) for n in (32768, 131072)]
+    return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair}
+
+
+# one size changed at a time
+AXES = {
+    "tokens": [Case("pair", n, 32768, 256, BF16) for n in (256, 512, 1024, 2048)],
+    "vocabulary": [Case("pair", 512, v, 256, BF16) for v in (8192, 16384, 32768, 65536)],
+    "hidden size": [Case("pair", 512, 16384, d, BF16) for d in (128, 256, 512, 1024)],
+    "threads": [Case("pair", 512, 32768, 512, BF16, threads=t) for t in (1, 2)],
+}
+
+
+SCALED = list(dict.fromkeys(case for cases in AXES.values() for case in cases))
+
+
+def memory(device: str, long: bool) -> list[tuple[Case, str]]:
+    """(case, implementation): the pair's loss and the hidden path as the context grows. What holds logits stops early."""
+    if device == "cuda":
+        case, lengths, most = Case("pair", 2, 151936, 4096, BF16, device=device), [4096, 16384, 65536], 16384
+    else:
+        case, lengths, most = Case("pair", 2, 32768, 64), [1024, 8192, 32768], 8192
+    peers = ("eager", "Liger DPO", "TRL", "Liger FLSCE")
+    rows = [(case.but(n=n), who) for n in lengths for who in (OURS, *peers[0 if n <= most else 2 :])]
+    rows += [(case.but(n=131072), OURS)] if long else []
+    return rows + [(case.but(path="hidden", n=n), OURS) for n in (1024, 16384)]

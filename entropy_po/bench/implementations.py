@@ -1,0 +1,184 @@
+"""This library and what else there is, each called as its own documentation says.
+
+Every function takes a `Problem` and returns the outputs of its case, differentiable. What cannot run raises; callers show
+that error instead of a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from entropy_po.bench.problem import OBJECTIVE, Case, Problem
+from entropy_po.ops.linear_preference_loss import linear_preference_loss
+from entropy_po.ops.linear_token_stats import linear_token_stats
+from entropy_po.ops.sequence_loss import sequence_loss
+from entropy_po.ops.token_stats import token_stats
+from entropy_po.tiles import available_backends
+
+Outputs = tuple[Tensor, ...]
+Implementation = Callable[[Problem], Outputs]
+OURS = "entropy_po"
+
+
+def implementations(case: Case) -> dict[str, Implementation]:
+    """Everything that is meant for a case, by the name it has in tables; ours first."""
+    backends = [name for name in available_backends()[torch.device(case.device).type] if name != "torch"]
+    found: dict[str, Implementation] = {OURS: _ours}
+    found |= {f"{OURS} {name}": _with_backend(name) for name in backends[1:]}
+    if case.path == "pair":
+        found |= {f"{OURS} recompute": lambda problem: pair_loss(problem, strategy="recompute")}
+    if case.path == "nll":
+        found |= {f"{OURS} linear_token_stats": lambda problem: problem.combine(*_stats(problem))}
+    found |= {"eager": _eager, "torch.compile": _compiled, "TRL": _trl}
+    if case.path != "logits":
+        found |= {"Liger FLSCE": _liger_scaled}
+    if case.path == "nll":
+        found |= {
+            "F.linear_cross_entropy": _torch_fused,
+            "Liger FLCE": _liger_mean,
+            "cut-cross-entropy": _cut_cross_entropy,
+            "QuACK": _quack,
+        }
+    if case.path == "pair":
+        found |= {"Liger DPO": _liger_dpo}
+    return found
+
+
+# ---- this library
+
+
+def _ours(problem: Problem, backend: str | None = None) -> Outputs:
+    if problem.case.path == "pair":
+        return pair_loss(problem, backend=backend)
+    if problem.case.path == "nll":
+        n = problem.case.n
+        every = torch.tensor([0, n])
+        return (
+            sequence_loss(
+                *problem.tensors, problem.labels, every, lambda batch: -batch.token_logps.sum() / n, coupled=0, backend=backend
+            ).loss,
+        )  # fmt: skip
+    return problem.combine(*_stats(problem, backend))
+
+
+def _with_backend(name: str) -> Implementation:
+    return lambda problem: _ours(problem, name)
+
+
+def _stats(problem: Problem, backend: str | None = None) -> tuple[Tensor, Tensor | None]:
+    outputs = ("logps", "entropy") if problem.case.entropy and problem.case.path in ("logits", "hidden") else ("logps",)
+    operator = token_stats if problem.case.path == "logits" else linear_token_stats
+    stats = operator(*problem.tensors, problem.labels, outputs=outputs, backend=backend)
+    return stats.logps, stats.entropy
+
+
+def pair_loss(problem: Problem, **options) -> Outputs:
+    zeros = torch.zeros(1, 2, device=problem.labels.device)
+    return (
+        linear_preference_loss(
+            *problem.tensors, problem.labels, problem.cu_seqlens, objective=OBJECTIVE, ref_logps=zeros, **options
+        ).loss,
+    )  # fmt: skip
+
+
+# ---- plain torch
+
+
+def eager_stats(logits: Tensor, labels: Tensor, entropy: bool = True) -> tuple[Tensor, Tensor | None]:
+    """What trainers wrote before there was anything fused."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    logps = log_p.gather(1, labels[:, None])[:, 0]
+    return logps, -(log_p.exp() * log_p).sum(-1) if entropy else None
+
+
+def _eager(problem: Problem, stats: Callable = eager_stats) -> Outputs:
+    case = problem.case
+    wants_entropy = case.entropy and case.path in ("logits", "hidden")
+    if case.path == "logits":
+        return problem.combine(*stats(problem.tensors[0], problem.labels, wants_entropy))
+    return problem.combine(*stats(problem.tensors[0] @ problem.tensors[1].t(), problem.labels, wants_entropy))
+
+
+def _compiled(problem: Problem) -> Outputs:
+    return _eager(problem, _compiled_stats())
+
+
+@cache
+def _compiled_stats() -> Callable:
+    """Compiled once per shape; a caller that goes through many must `torch.compiler.reset()` between them."""
+    return torch.compile(eager_stats, dynamic=False)
+
+
+def _torch_fused(problem: Problem) -> Outputs:
+    """Chunked, as its options' defaults choose."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return (F.linear_cross_entropy(*problem.tensors, problem.labels, options=options),)
+
+
+# ---- peers
+
+
+def _trl(problem: Problem) -> Outputs:
+    """The logits helper of its trainers, and its fused head as they call it (32,768 columns a tile)."""
+    case = problem.case
+    if case.path == "logits":
+        if case.entropy:
+            from trl.trainer.utils import selective_log_softmax_and_entropy
+
+            return problem.combine(*selective_log_softmax_and_entropy(problem.tensors[0], problem.labels))
+        from trl.trainer.utils import selective_log_softmax
+
+        return problem.combine(selective_log_softmax(problem.tensors[0], problem.labels))
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    outputs = ("entropy",) if case.entropy and case.path == "hidden" else ()
+    hidden, weight = problem.tensors
+    logps, entropy, *_ = ChunkedLogProbFunction.apply(
+        hidden, weight, None, problem.labels, 1.0, 32768, None, 1.0, outputs
+    )
+    return problem.combine(logps, entropy)
+
+
+def _liger_scaled(problem: Problem) -> Outputs:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    entropy = problem.case.entropy and problem.case.path == "hidden"
+    result = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        *problem.tensors, problem.labels, 1.0, -100, 1, entropy
+    )  # fmt: skip
+    nll, entropies = result if entropy else (result, None)
+    return problem.combine(-nll, entropies)
+
+
+def _liger_mean(problem: Problem) -> Outputs:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    hidden, weight = problem.tensors
+    return (LigerFusedLinearCrossEntropyLoss()(weight, hidden, problem.labels),)
+
+
+def _liger_dpo(problem: Problem) -> Outputs:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    hidden, weight = problem.tensors
+    loss = LigerFusedLinearDPOLoss(beta=OBJECTIVE.policy_coef, use_ref_model=False)
+    return (loss(weight, hidden.view(2, -1, hidden.shape[1]), problem.labels.view(2, -1))[0],)
+
+
+def _cut_cross_entropy(problem: Problem) -> Outputs:
+    """Its kernels on a GPU; the compiled torch code that it ships for other devices elsewhere."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    options = {} if problem.labels.device.type == "cuda" else {"impl": "torch_compile"}
+    return (linear_cross_entropy(*problem.tensors, problem.labels, **options),)
+
+
+def _quack(problem: Problem) -> Outputs:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return (chunked_linear_cross_entropy(*problem.tensors, problem.labels, reduction="mean"),)

@@ -1,0 +1,66 @@
+"""Every implementation of a case in one run, and what came of it as one row of plain values."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+
+from entropy_po.bench.implementations import OURS, implementations
+from entropy_po.bench.problem import Case, Problem
+from entropy_po.bench.timing import ratio, spread, time_interleaved
+
+
+def one_line(error: Exception) -> str:
+    """How a table says why there is no figure."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
+def summarised(
+    name: str,
+    case: dict,
+    floor: str,
+    scale: float,
+    seconds: dict[str, list[float]],
+    errors: dict[str, dict[str, float]],
+) -> dict:
+    """One row from readings in the order of their rounds.
+
+    Returns:
+        name, case, floor (whose entry is the bare work itself), rounds, and `who`: per implementation its median `ms`, the
+        `spread` of its readings, `times_floor` and `times_ours` as medians of ratios within a round, and `errors`.
+    """
+    rounds = min(map(len, seconds.values()))
+    who = []
+    for implementation, values in seconds.items():
+        values = values[:rounds]
+        entry = {"name": implementation, "ms": 1e3 * statistics.median(values), "spread": spread(values)}
+        entry["times_floor"] = ratio(values, seconds[floor][:rounds]) / scale
+        if OURS in seconds:
+            entry["times_ours"] = ratio(values, seconds[OURS][:rounds])
+        who.append({**entry, "errors": errors.get(implementation, {})})
+    who.sort(key=lambda entry: (entry["name"] != floor, not entry["name"].startswith(OURS), entry["ms"]))
+    return {"name": name, "case": case, "floor": floor, "rounds": rounds, "who": who}
+
+
+def measure(
+    case: Case, rounds: int, names: Iterable[str] | None = None, progress: Callable[[Iterable], Iterable] = iter
+) -> tuple[dict, dict[str, str]]:
+    """(row, implementation -> why it did not run). `names`: those that take part, all by default."""
+    torch.compiler.reset()  # it stops compiling after a few shapes
+    problem = Problem(case)
+    floor_name, floor, scale = problem.floor
+    runs, errors, failed = {floor_name: floor}, {}, {}
+    for name, function in implementations(case).items():
+        if names is not None and name not in names:
+            continue
+        run = partial(problem.run, function)
+        try:
+            errors[name] = problem.errors(*run())
+            runs[name] = run
+        except Exception as error:
+            failed[name] = one_line(error)
+    seconds = time_interleaved(runs, rounds, progress)
+    return summarised(case.name, case.__dict__, floor_name, scale, seconds, errors), failed

@@ -1,0 +1,85 @@
+"""Peak memory of a case, phase by phase, in a process that runs nothing else: `python -m entropy_po.bench.memory CASE NAME`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from entropy_po.bench.implementations import implementations
+from entropy_po.bench.problem import Case, Problem
+from entropy_po.memory import held_bytes, peak_bytes, reset_peak
+
+# glibc keeps freed blocks for later, which would hide what a second call allocates; these give every block above 1 MiB back.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": "0"}
+
+WARM_UP = 8192  # tokens: enough to have every library loaded; more would only take time
+
+
+def in_fresh_process(module: str, *arguments: str) -> Any:
+    """The JSON that `python -m module arguments` prints last.
+
+    Raises:
+        RuntimeError: it fails; the message is the last line that it printed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, env={**os.environ, **MALLOC}
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def peak_extra_bytes(run: Callable[[], Any]) -> int:
+    """Growth of the peak over one call."""
+    reset_peak()
+    before = held_bytes()
+    run()
+    return peak_bytes() - before
+
+
+def phases(case: Case, name: str) -> dict[str, int]:
+    """Bytes beside the case's inputs: `forward` and `backward` peaks, `held` between them, `results` (the gradients)."""
+    if case.device == "cuda":  # its allocator counts for itself
+        return _phases_here(case, name)
+    return in_fresh_process("entropy_po.bench.memory", json.dumps(asdict(case)), name)
+
+
+def known_bytes(size: int) -> int:
+    """What this measures of an allocation of `size` bytes that is written to."""
+    return in_fresh_process("entropy_po.bench.memory", str(size))
+
+
+def _phases_here(case: Case, name: str) -> dict[str, int]:
+    problem, function = Problem(case), implementations(case)[name]
+    warm = problem if case.n <= WARM_UP else Problem(case.but(n=WARM_UP))
+    warm.run(function)  # libraries loaded, threads started, code compiled
+    del warm
+    reset_peak()
+    before = held_bytes()
+    with torch.set_grad_enabled(case.backward):
+        outputs = function(problem)
+    found = {"forward": peak_bytes() - before, "held": held_bytes() - before}
+    reset_peak()
+    gradients = problem.backward(outputs)
+    found["backward"] = peak_bytes() - before
+    found["results"] = sum(x.nbytes for x in gradients)
+    return found
+
+
+def main() -> None:
+    what, *name = sys.argv[1:]
+    if name:
+        print(json.dumps(_phases_here(Case(**json.loads(what)), *name)))
+    else:
+        print(peak_extra_bytes(lambda: torch.ones(int(what), dtype=torch.uint8)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Times on machines that other work shares: interleaved rounds, and ratios within a round."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+NOISY = 0.25  # a spread above which a few percent are not to be believed
+CUDA_SECONDS = 0.02  # a CUDA call is repeated until one reading takes this long, so that its launch does not count
+
+
+def timed(run: Callable[[], Any], repeats: int = 1) -> float:
+    """Seconds of one call, all of its work done."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def repeats_for(run: Callable[[], Any]) -> int:
+    """How often a reading calls `run`: once on a CPU. It has been called before."""
+    return max(1, round(CUDA_SECONDS / timed(run))) if torch.cuda.is_available() else 1
+
+
+def median_ms(run: Callable[[], Any], rounds: int = 7) -> float:
+    """Of one candidate by itself, in milliseconds."""
+    run()
+    repeats = repeats_for(run)
+    return 1e3 * statistics.median(timed(run, repeats) for _ in range(rounds))
+
+
+def rotated(names: Sequence[str], by: int) -> list[str]:
+    """The order within a round: each starts one further on than the last, so that a drift of the machine, and what one
+    leaves in the caches for the next, fall on all alike."""
+    by %= len(names)
+    return [*names[by:], *names[:by]]
+
+
+def time_interleaved(
+    candidates: dict[str, Callable[[], Any]], rounds: int, progress: Callable[[Iterable], Iterable] = iter
+) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round; each round runs all of them. `progress` may show the rounds."""
+    names = list(candidates)
+    repeats = {}
+    for name, run in candidates.items():
+        run()
+        repeats[name] = repeats_for(run)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in progress(range(rounds)):
+        for name in rotated(names, i):
+            seconds[name].append(timed(candidates[name], repeats[name]))
+    return seconds
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median over rounds of the ratio within the round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def spread(seconds: Sequence[float]) -> float:
+    """(third quartile - first) / median; 0 of a single reading."""
+    if len(seconds) < 2:
+        return 0.0
+    first, middle, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (third - first) / middle
