@@ -229,6 +229,8 @@ def preference(
     vocab, sequence, strategy, transform="plain", kind="even", split="even", workspace=SMALL, reference="logps",
     trained=(True, True, True), dtype=torch.float32, bound=BOUND, **options,
 ):  # fmt: skip
+    if isinstance(workspace, list):
+        workspace = workspace[dist.get_rank()]
     hidden, weight, bias, labels = problem(dtype)
     transform = transform_of(transform, labels)
     ref_logps, pair_weights = torch.randn(3, 2) * 3 - 50, torch.rand(3)

@@ -86,6 +86,14 @@ def test_parts_of_any_length_and_of_none(ranks, seed, vocab, sequence, strategy,
 
 
 @pytest.mark.parametrize("vocab, sequence", SPLITS)
+def test_budgets_of_their_own(ranks, seed, vocab, sequence):
+    """As the default is on a GPU, where it depends on the memory that is free: the smallest decides for all."""
+    budgets = [30_000, 60_000, 200_000, 1 << 20]
+    strategies = ranks.run(cases.preference, seed, vocab, sequence, "auto", workspace=budgets)
+    assert strategies[0] == strategies[2]  # of one group, however many there are
+
+
+@pytest.mark.parametrize("vocab, sequence", SPLITS)
 @pytest.mark.parametrize("kind", ["uneven", "one is empty"])
 def test_reference_in_the_same_pass(ranks, seed, vocab, sequence, kind):
     ranks.run(cases.preference, seed, vocab, sequence, "resident", kind=kind, reference="hidden")
