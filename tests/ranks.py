@@ -1,6 +1,7 @@
 """Processes that stay up over gloo, and run one function after another on all ranks: starting them is what costs."""
 
 import importlib
+import os
 import queue
 import socket
 import time
@@ -74,6 +75,11 @@ class Ranks:
 def _serve(rank: int, size: int, port: int, inbox, outbox) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    # as torchrun sets it, for accelerate
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update(
+        {name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     while True:
         module, name, seed, args, kwargs = inbox.get()
