@@ -172,8 +172,8 @@ def check_head(model: nn.Module, num_tokens: int = 8, tolerance: float | None = 
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP and PEFT."""
-    while isinstance(model, nn.parallel.DistributedDataParallel):
+    """The transformers model inside DDP or DeepSpeed's engine, and PEFT."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -18,6 +18,7 @@ LAYERS = {
     "tiles": 2,
     "ops": 3,
     "doctor": 4,
+    "forecast": 4,
     "heads": 4,
     "answers": 4,
     "models": 4,

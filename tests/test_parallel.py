@@ -6,6 +6,7 @@ import torch
 from ranks import Ranks
 
 from entropy_po import linear_token_stats, sequence_shard
+from entropy_po.forecast import forecast
 
 TRANSFORMS = ["plain", "scalars", "row temperature", "keep mask", "padding"]
 SIZES = [2, 4]
@@ -136,6 +137,9 @@ def test_what_goes_over_the_wire(ranks, seed, call, size):
         assert calls["all_reduce"] == 1 and sent["all_reduce"] == 4 * kept * d
         facts = 8 * 100 * calls["all_gather"]  # at most 100 numbers each
         assert 5 * 4 * kept <= sent["all_gather"] <= 5 * 4 * kept + facts
+        planned = forecast(v, d, kept, size, vocab_ranks=size, sequence_ranks=1)
+        assert planned.state_wire_bytes == (size - 1) * 5 * 4 * kept  # a gather is received from the others
+        assert planned.hidden_wire_bytes == 2 * (size - 1) * sent["all_reduce"] // size  # a sum in two rounds of parts
         assert sent["all_gather"] < 4 * n * d and sent["all_gather"] < v * d // size
 
 
