@@ -425,13 +425,16 @@ def disagreement(what):
         preference = {"strategy": "deferred" if odd else "resident"}
     elif what == "sequences":
         preference = {"cu_seqlens": torch.tensor([0, 20, N]) if odd else CU}
+    elif what == "ref_logps":  # the sums of the rank's own rows, say
+        preference = {"ref_logps": torch.full((3, 2), -5.0 - rank)}
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     try:
         if preference:
             cu = preference.pop("cu_seqlens", CU)
-            axis = {"sequence_group": group} if what == "sequences" else {"vocab_group": group}
-            weight = weight if what == "sequences" else weight[cols]
-            objective = EntropyObjective.qempo(1.0)
+            over_rows = what in ("sequences", "ref_logps")
+            axis = {"sequence_group": group} if over_rows else {"vocab_group": group}
+            weight = weight if over_rows else weight[cols]
+            objective = OBJECTIVE if what == "ref_logps" else EntropyObjective.qempo(1.0)
             linear_preference_loss(hidden, weight, labels, cu, objective=objective, **axis, **preference)
         else:
             linear_token_stats(hidden, weight[cols], labels, vocab_group=group, **options)

@@ -162,6 +162,7 @@ def test_memory_falls_with_the_number_of_ranks(ranks, seed, strategy):
         ("dtype", "vocab_group differ in dtype"),
         ("strategy", "vocab_group differ in strategy"),
         ("sequences", "sequence_group differ in sequences"),
+        ("ref_logps", "sequence_group differ in ref_logps"),
         ("label out of range", r"is outside [0, 301)"),
     ],
 )

@@ -274,6 +274,7 @@ def _forward(
     num_pairs = cu_seqlens.numel() // 2
     # what the exchanges of a group follow from must be the same on all of its ranks
     shared = {"loss": (a, b, loss, label_smoothing, nll_coef, mean), "strategy": strategy, "needs_grad": needs}
+    shared |= {"ref_logps": ref_logps, "pair_weights": pair_weights}
     head = LmHead(hidden, weight, bias, labels, options, **shared)
     seqs = Sequences(head, cu_seqlens, sequence_group, **shared)
     if ref_hidden is not None:

@@ -79,15 +79,26 @@ class Ranks:
         """
         if self.group is None:
             return [list(own)]
-        codes = [fact if isinstance(fact, int) else zlib.crc32(repr(fact).encode()) for fact in facts.values()]
+        codes = [_code(fact) for fact in facts.values()]
         rows = self.gather(torch.tensor([*codes, *own], device=device)).tolist()
         for i, (name, fact) in enumerate(facts.items()):
             if any(row[i] != codes[i] for row in rows):
+                mine = "values of its own" if isinstance(fact, Tensor) else repr(fact)
+                others = [r for r, row in enumerate(rows) if row[i] != codes[i]]
                 raise ValueError(
-                    f"the ranks of {self.argument} differ in {name}: rank {self.rank} has {fact!r}, rank(s) "
-                    f"{[r for r, row in enumerate(rows) if row[i] != codes[i]]} something else."
+                    f"the ranks of {self.argument} differ in {name}: rank {self.rank} has {mine}, rank(s) {others} "
+                    "something else."
                 )
         return [row[len(codes) :] for row in rows]
+
+
+def _code(fact: object) -> int:
+    """Equal for equal facts; a tensor's from its values and their places."""
+    if isinstance(fact, Tensor):
+        bits = fact.detach().flatten()
+        bits = bits.double().view(torch.int64) if bits.is_floating_point() else bits.long()
+        return int((bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum())
+    return fact if isinstance(fact, int) else zlib.crc32(repr(fact).encode())
 
 
 class _Sum(torch.autograd.Function):
@@ -110,9 +121,7 @@ class VocabShards:
             facts: whatever else must be equal on all ranks.
         """
         self.ranks = Ranks("vocab_group", name)
-        if name:
-            places = torch.arange(1, labels.numel() + 1, device=labels.device)
-            facts = {"the number of rows": labels.numel(), **facts, "labels": int((labels * places).sum())}
+        facts = {"the number of rows": labels.numel(), **facts, "labels": labels}
         sizes = [size for (size,) in self.ranks.agree(labels.device, columns, **facts)]
         self.stops = list(accumulate(sizes))
         self.start, self.total, self.widest = self.stops[self.ranks.rank] - columns, self.stops[-1], max(sizes)
