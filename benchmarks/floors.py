@@ -83,8 +83,8 @@ def document() -> str:
         "## Hidden path",
         "",
         "A product is 2 n v d FLOPs. Between products a tile of fp32 logits is read by fold (4 n v bytes) and turned by grad",
-        "into bf16 (6 n v); neither overlaps a product. What the library adds to bare products is thereby, at D 4096, about",
-        "5 % on an H200, and more the smaller D is. A sum of dW in fp32 is read and written once per row tile (8 v d bytes).",
+        "into bf16 (6 n v); neither overlaps a product. That is what the library adds to bare products, the last column: the",
+        "more, the smaller D is. A sum of dW in fp32 is read and written once per row tile (8 v d bytes).",
         "",
         "| path | products | "
         + " | ".join(f"n {n}, d {d}, v {v}: {x.name}" for n, d, v in SHAPES[:3] for x in DEVICES[1:])

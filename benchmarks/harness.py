@@ -71,7 +71,7 @@ def machine() -> dict[str, Any]:
         "load_1min": round(os.getloadavg()[0], 2),
         "instruction_set": (facts["cpu"]["instruction_sets"] or ["none"])[0],
         "versions": {k: v for k, v in facts["versions"].items() if v},
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
     }
 
 

@@ -99,8 +99,8 @@ STRATEGIES = ("auto", "resident", "deferred", "recompute")
 DEFAULT_CPU_SEQUENCE_WORKSPACE = 256 << 20
 CUDA_WORKSPACE_SHARE = 0.25  # of the memory that is free when the call begins
 # A tile of few rows reads the weight twice, and reads and writes the sum of dW, for little arithmetic; computing the logits
-# again in square tiles costs one product more. On a CPU the two are even at about 80 rows, with a trained head as with a
-# frozen one (`python -m benchmarks.preference`); the GPU's number is an estimate from its FLOPs per byte.
+# again in square tiles costs one product more. On a CPU the two are even below 100 rows, with a trained head as with
+# a frozen one (`python -m benchmarks.preference`); the GPU's number is an estimate from its FLOPs per byte.
 MIN_TILE_ROWS = {"cpu": 100, "cuda": 1024}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from enum import Enum
 from functools import cache
 from types import ModuleType
@@ -221,10 +222,10 @@ def bf16_overlay(tile: Tensor) -> Tensor:
     return tile.view(torch.bfloat16)[:, : tile.shape[1]]
 
 
-def scratch_memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty([size]), on large pages where the system has them: a call's tile is written for the first time once per
-    call, and faulting in 200 MiB of small pages takes 40 ms."""
-    tensor = torch.empty(size, dtype=dtype, device=device)
+def fresh_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty, on large pages where the system has them: tiles and gradients are written for the first time in every
+    call, and each small page of theirs would be a fault of its own."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and (core := compiled_core()) is not None:
         core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor

@@ -133,7 +133,7 @@ def test_real_vocabularies(vocab, dtype):
     (ours.logps @ g[0] + ours.entropy @ g[1]).backward()
     (exact[0] @ g[0].double() + exact[1] @ g[1].double()).backward()
     for x, truth in zip(inputs, exact_inputs, strict=True):
-        # a bare fp32 product that reduces 151,936 columns is itself off by up to 2e-5 for one row in hundreds
+        # a bare fp32 product that reduces 151,936 columns is itself off by more than the tolerance in some rows
         oracles.assert_gradient(x.grad, truth.grad, upstream=g.norm(), slack=4)
 
 

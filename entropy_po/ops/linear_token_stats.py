@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from entropy_po import tiles
 from entropy_po.ops import checks, gemm, parallel, schema
 from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
 from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE, TilePlan, plan_tiles
@@ -145,7 +146,7 @@ def gradients(
     if need_hidden:
         hidden_sum = HiddenSum(head, products=-(-plan.v // plan.cols), dtype=hidden.dtype)
     if need_weight:
-        grad_weight = (torch.empty if n else torch.zeros)(weight.shape, dtype=weight.dtype, device=weight.device)
+        grad_weight = tiles.fresh_memory(weight.shape, weight.dtype, weight.device) if n else torch.zeros_like(weight)
     if need_bias:
         grad_bias = torch.zeros(head.vocab_size, dtype=head.arithmetic, device=weight.device)
     for rows, cols, hidden_rows, weight_rows, tile in _tiles(head, plan):

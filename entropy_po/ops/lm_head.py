@@ -143,8 +143,9 @@ class HiddenSum:
         sum_dtype = gemm.accumulator_dtype(dtype, products * len(head.shards.stops))
         # of all rows where it is the result itself, so that the kept rows are spread in it and not copied
         num_rows = head.num_rows if sum_dtype == dtype else head.num_kept
-        made = head.hidden.new_empty if head.vocab_size else head.hidden.new_zeros
-        self.rows = made((num_rows, head.dim), dtype=sum_dtype)
+        self.rows = tiles.fresh_memory((num_rows, head.dim), sum_dtype, head.hidden.device)
+        if not head.vocab_size:  # an empty shard adds no product
+            self.rows.zero_()
 
     def add_product(self, rows: slice, gradient: Tensor, weight: Operand, first: bool) -> None:
         gemm.add_product(self.rows[rows], gradient, weight.beside(gradient), first, self.head.scratch)

@@ -19,6 +19,7 @@ from entropy_po.plan import (
     plan_sequences,
     slices,
 )
+from entropy_po.tiles import fresh_memory
 from entropy_po.types import new_state, stats_from_state
 
 
@@ -148,7 +149,7 @@ class VocabSums:
         self.tiles, self.empty = tiles, True
         self.weight = self.bias = None
         if weight_dtype is not None:
-            self.weight = head.weight.new_empty(head.weight.shape, dtype=weight_dtype)
+            self.weight = fresh_memory(head.weight.shape, weight_dtype, head.weight.device)
         if wants_bias:
             self.bias = head.weight.new_zeros(head.vocab_size, dtype=head.arithmetic)
 

@@ -186,7 +186,7 @@ def _grad_into(out: Tensor, grad_logps, grad_entropy, logits, labels, state, *op
 
 
 def _backward(grad_logps, grad_entropy, logits, *rest) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = tiles.fresh_memory(logits.shape, logits.dtype, logits.device)
     _grad_into(out, grad_logps, grad_entropy, logits, *rest)
     return out
 
