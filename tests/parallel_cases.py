@@ -95,12 +95,14 @@ def leaves(*tensors, trained=(True, True, True)):
     return [x.detach().clone().requires_grad_(t) for x, t in zip(tensors, trained, strict=True)]
 
 
-def assert_close(ours, whole, what, bound=BOUND):
+def assert_close(ours, whole, what, bound=BOUND, of=None):
+    """`of`: the tensor that both are a part of. A narrow shard of a gradient in which chosen and rejected tokens cancel has
+    the rounding of the whole (seen: 7 entries of dbias with 1/140 of its norm), so the error is relative to that."""
     assert ours.shape == whole.shape and ours.dtype == whole.dtype, what
     if ours.dtype == torch.bool or ours.dtype == torch.int64:
         assert torch.equal(ours, whole), what
         return
-    error = (ours.double() - whole.double()).norm() / whole.double().norm().clamp_min(1e-30)
+    error = (ours.double() - whole.double()).norm() / (whole if of is None else of).double().norm().clamp_min(1e-30)
     assert error <= bound, f"{what}: relative error {error:.2e}"
 
 
@@ -143,8 +145,8 @@ def linear_stats(size, kind, transform, outputs=TokenStats._fields, dtype=torch.
     (whole, *exact), (ours, *grads) = results
     assert_stats(ours, whole)
     assert_close(grads[0], exact[0], "dH", bound)
-    assert_close(grads[1], exact[1][cols], "dW", bound)
-    assert_close(grads[2], exact[2][cols], "dbias", bound)
+    assert_close(grads[1], exact[1][cols], "dW", bound, of=exact[1])
+    assert_close(grads[2], exact[2][cols], "dbias", bound, of=exact[2])
     if kind != "uneven":
         assert_same_bits(group, dH=grads[0], **{k: v for k, v in ours._asdict().items() if v is not None})
 
@@ -163,7 +165,7 @@ def logit_stats(size, kind, transform, inplace):
         ((stats.logps.masked_fill(labels == -100, 0) * g_logp).sum() + (stats.entropy * g_ent).sum()).backward()
         results.append((stats, leaf.grad))
     assert_stats(results[1][0], results[0][0])
-    assert_close(results[1][1], results[0][1][:, cols], "dlogits")
+    assert_close(results[1][1], results[0][1][:, cols], "dlogits", of=results[0][1])
 
 
 def nothing_to_compute(size):
@@ -268,7 +270,7 @@ def assert_close_gradients(grads, exact, cols, rows, sequence_group, bound=BOUND
             continue
         if name != "dH" and sequence_group is not None:
             dist.all_reduce(ours, group=sequence_group)  # the rows' parts, as a model's other gradients are summed
-        assert_close(ours, whole[rows] if name == "dH" else whole[cols], name, bound)
+        assert_close(ours, whole[rows] if name == "dH" else whole[cols], name, bound, of=whole)
 
 
 def orpo(batch, ratio=0.3):

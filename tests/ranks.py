@@ -4,14 +4,13 @@ import importlib
 import os
 import queue
 import socket
-import time
 import traceback
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PATIENCE = 120  # seconds; the processes of a shared machine are paused at times
+PATIENCE = 120  # seconds, counted one by one: on a shared machine all processes are paused at times, this one too
 
 
 class RankError(AssertionError):
@@ -35,17 +34,18 @@ class Ranks:
         for inbox in self.inboxes:
             inbox.put((function.__module__, function.__name__, seed, args, kwargs))
         results, errors = {}, {}
-        deadline = time.monotonic() + PATIENCE
-        while len(results) + len(errors) < self.size:
+        patience = PATIENCE
+        while len(results) + len(errors) < self.size and patience > 0:
             try:
-                rank, value, error = self.outbox.get(timeout=max(0.1, deadline - time.monotonic()))
+                rank, value, error = self.outbox.get(timeout=1)
             except queue.Empty:
-                break
+                patience -= 1
+                continue
             if error is None:
                 results[rank] = value
             else:
                 errors[rank] = error
-                deadline = min(deadline, time.monotonic() + 5)
+                patience = min(patience, 5)
         if len(results) < self.size:
             self.stop()
             shown = "\n".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors))
