@@ -11,6 +11,7 @@ from entropy_po.objective import EntropyObjective as EntropyObjective
 from entropy_po.ops.linear_preference_loss import PreferenceOutput as PreferenceOutput
 from entropy_po.ops.linear_preference_loss import linear_preference_loss as linear_preference_loss
 from entropy_po.ops.linear_token_stats import linear_token_stats as linear_token_stats
+from entropy_po.ops.parallel import sequence_shard as sequence_shard
 from entropy_po.ops.sequence_loss import SequenceBatch as SequenceBatch
 from entropy_po.ops.sequence_loss import SequenceLossOutput as SequenceLossOutput
 from entropy_po.ops.sequence_loss import sequence_loss as sequence_loss
@@ -29,6 +30,7 @@ __all__ = [
     "linear_preference_loss",
     "linear_token_stats",
     "sequence_loss",
+    "sequence_shard",
     "solve_dual",
     "token_stats",
 ]

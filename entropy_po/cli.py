@@ -1,4 +1,4 @@
-"""The command `entropy-po`: demo, train, evaluate, bench, doctor.
+"""The command `entropy-po`: demo, train, evaluate, bench, plan, doctor.
 
 Each subcommand is imported when it is called. An error the user can act on is one line on stderr and exit status 2;
 `--traceback`, or ENTROPY_PO_TRACEBACK=1, shows where it came from.
@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("entropy_po.cli", "offline preference training: H-DPO, DPO, SPL, QEMPO, QEMPO-KL"),
     "evaluate": ("entropy_po.evaluation.cli", "quality, diversity and length of a model's answers"),
     "bench": ("entropy_po.bench.command", "time, memory and error at a shape of yours, against torch and peers"),
+    "plan": ("entropy_po.forecast", "memory, bytes on the wire and time on many GPUs, by counting"),
     "doctor": ("entropy_po.doctor", "what this installation can do, and what it lacks"),
 }
 USAGE = "usage: entropy-po COMMAND [options]\n\n" + "\n".join(

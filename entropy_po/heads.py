@@ -73,8 +73,9 @@ def head_of(model: nn.Module) -> Head:
     if weight is None or weight.ndim != 2 or type(weight.data).__name__ == "DTensor" or hasattr(weight, "ds_id"):
         shape = None if weight is None else tuple(weight.shape)
         raise ValueError(
-            f"model: its output head ({type(module).__name__}) has no whole [V, D] weight, got {shape}; heads sharded by "
-            "FSDP, ZeRO-3 or tensor parallelism are not supported here, train with plain data parallelism."
+            f"model: its output head ({type(module).__name__}) has no whole [V, D] weight here, got {shape}; under FSDP2 it "
+            "is whole after a forward of backbone_hidden_states, under ZeRO-3 and tensor parallelism never: use FSDP2, "
+            "ZeRO-2 or plain data parallelism."
         )
     scale = 1.0
     for name in _MULTIPLIERS:
@@ -93,11 +94,12 @@ def backbone_hidden_states(
 ) -> tuple[Tensor, Tensor | None]:
     """The hidden states that the head reads, and the router loss of a mixture of experts; no logits are formed.
 
-    The model's own forward runs whole, so wrappers (DDP, PEFT, autocast, activation checkpointing) see a normal call;
-    only the head is handed zero tokens.
+    The model's own forward runs whole, so wrappers (DDP, FSDP2, PEFT, autocast, activation checkpointing) see a normal
+    call; only the head is handed zero tokens. Under FSDP2 the head's unit is told to stay gathered until its backward, as a
+    root's does by default: the loss reads the weight after the forward, and its gradient then leaves with the unit's own.
 
     Args:
-        model: as for `head_of`, or a DistributedDataParallel around one.
+        model: as for `head_of`, a DistributedDataParallel around one, or one that `fully_shard` was applied to.
         input_ids, attention_mask, position_ids: as the model's forward takes them.
     Returns:
         hidden_states [B, L, D], differentiable; and the scalar aux_loss where the model returns one, else None.
@@ -111,6 +113,9 @@ def backbone_hidden_states(
         caught.append(hidden)
         return (hidden[:, :0], *args[1:]), kwargs
 
+    for module in (model, _head_module(model)):
+        if hasattr(module, "set_reshard_after_forward"):  # FSDPModule; no import of torch.distributed.fsdp without it
+            module.set_reshard_after_forward(False, recurse=False)
     inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
     hook = _head_module(model).register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
     try:
@@ -167,8 +172,8 @@ def check_head(model: nn.Module, num_tokens: int = 8, tolerance: float | None = 
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP and PEFT."""
-    while isinstance(model, nn.parallel.DistributedDataParallel):
+    """The transformers model inside DDP or DeepSpeed's engine, and PEFT."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -89,6 +89,28 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def merge_states(states: Tensor, owner: Tensor) -> Tensor:
+    """The state [rows, n] of the whole vocabulary from those of its P parts, [P, rows, n], each relative to its own maximum.
+
+    The label's terms are those of the part `owner` [n]. Sums run over the parts in their order, in fp64.
+    """
+    parts = states.double()
+    part_m, s, t, label_d, label_z = parts[:, :5].unbind(1)
+    m = part_m.amax(0)
+    # a part without a live entry has sums of 0, to which any finite distance will do
+    delta = torch.where(part_m == -torch.inf, 0, part_m - m)
+    shrink = delta.exp()
+
+    def at_owner(values: Tensor) -> Tensor:
+        return values.gather(0, owner[None])[0]
+
+    merged = [m, (s * shrink).sum(0), ((t + s * delta) * shrink).sum(0), at_owner(label_d + delta), at_owner(label_z)]
+    if states.shape[1] > len(merged):
+        q, c, live = parts[:, 5:].unbind(1)
+        merged += [(q * shrink**2).sum(0), (c + live * delta).sum(0), live.sum(0)]
+    return torch.stack(merged).to(states.dtype)
+
+
 def stats_from_state(state: Tensor, outputs: tuple[str, ...]) -> TokenStats:
     """Finish a folded state [5 or 8, n]. Differences are taken in fp64: n numbers, once per call."""
     m, s, t, label_d, label_z = state[:5].double().unbind()

@@ -12,7 +12,7 @@ N, D, V = 13, 8, 101
 def options(rows=False, softcap=None):
     temperature = torch.rand(N) + 0.5 if rows else None
     keep = (torch.rand(N, V) < 0.9) if rows else None
-    return temperature, keep, 0.9, 1.1, softcap, -100, ["logps", "entropy"], ""
+    return temperature, keep, 0.9, 1.1, softcap, -100, ["logps", "entropy"], "", ""
 
 
 def inputs(trained=(True, True, True)):

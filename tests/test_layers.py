@@ -19,6 +19,7 @@ LAYERS = {
     "ops": 3,
     "doctor": 4,
     "memory": 4,
+    "forecast": 4,
     "heads": 4,
     "answers": 4,
     "models": 4,

@@ -356,11 +356,11 @@ def test_opcheck():
     data = problem(n=20)
     cu = torch.tensor([0, 6, 11, 15, 20])
     inputs = leaves(*data[:3])
-    flat = (None, None, 1.0, 1.0, None, -100, ["logps", "entropy"], "")
+    flat = (None, None, 1.0, 1.0, None, -100, ["logps", "entropy"], "", "")
     torch.library.opcheck(
         torch.ops.entropy_po.linear_preference_loss.default,
         (*inputs, data[3], cu, torch.zeros(4), None, None, None, None, *flat, 0.1, 0.1, "sigmoid", 0.0, 0.0, True,
-         "auto", None, [True, True, True]),
+         "auto", None, "", [True, True, True]),
     )  # fmt: skip
 
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from entropy_po import reference, tiles
-from entropy_po.types import STATE_ROWS, Level, TokenStats, Transform, new_state, state_dtype, stats_from_state
+from entropy_po.types import (
+    STATE_ROWS,
+    Level,
+    TokenStats,
+    Transform,
+    merge_states,
+    new_state,
+    state_dtype,
+    stats_from_state,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATS = ("logps", "entropy", "lse", "is_top1", "mean_logit", "log_sum_sq_probs")
@@ -247,6 +256,39 @@ def test_split_tiles_equal_the_whole(kernels, gen, order):
         args = (tile[:, cols], labels, whole, g_logp, g_ent, part_transform[cols.start], pieces[:, cols])
         gradient(kernels, *args, vocab_start=start)
     assert torch.equal(pieces, gradient(kernels, tile, labels, whole, g_logp, g_ent, transform))
+
+
+def test_states_of_shards_merge_into_that_of_the_whole(kernels, gen):
+    """What ranks do that split the vocabulary: a state of its own per shard, one without columns, one wholly masked, and
+    the label in one of them. The others' kernels see a label that is elsewhere; a label in none of them gives NaN."""
+    tile, labels = make_logits(gen, torch.float32)
+    n = tile.shape[0]
+    labels[3] = VOCAB_START + V
+    transform = make_transform(gen, "everything", n, torch.float32)
+    g_logp, g_ent = randn(gen, n, dtype=torch.float32), randn(gen, n, dtype=torch.float32)
+    whole = folded(kernels, tile, labels, transform)
+    stops = torch.tensor([140, 140, LIVE, V], device=DEVICE)
+    shards = [slice(0, 140), slice(140, 140), slice(140, LIVE), slice(LIVE, V)]
+    parts = [transform.tile(slice(None), cols, torch.float32) for cols in shards]
+    states = [
+        folded(kernels, tile[:, cols], labels, part, vocab_start=VOCAB_START + cols.start)
+        for cols, part in zip(shards, parts, strict=True)
+    ]
+    owner = torch.searchsorted(stops, labels - VOCAB_START, right=True).clamp(max=len(shards) - 1)
+    merged = merge_states(torch.stack(states), owner)
+    torch.testing.assert_close(merged[0], whole[0], rtol=0, atol=0)
+    ours, theirs = stats_from_state(merged, STATS), stats_from_state(whole, STATS)
+    assert ours.logps[3].isnan() and theirs.logps[3].isnan()
+    for name in ("logps", "entropy", "lse", "log_sum_sq_probs"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=2e-6, atol=2e-6, equal_nan=True)
+    torch.testing.assert_close(ours.mean_logit, theirs.mean_logit, rtol=2e-6, atol=1e-5)
+    assert torch.equal(ours.is_top1, theirs.is_top1)
+    pieces = torch.full_like(tile, torch.nan)
+    for cols, part in zip(shards, parts, strict=True):
+        args = (tile[:, cols], labels, merged, g_logp, g_ent, part, pieces[:, cols])
+        gradient(kernels, *args, vocab_start=VOCAB_START + cols.start)
+    expected = gradient(kernels, tile, labels, whole, g_logp, g_ent, transform)
+    torch.testing.assert_close(pieces, expected, rtol=1e-5, atol=1e-6)
 
 
 def relative_error_at_an_offset(kernels, gen, temperature):

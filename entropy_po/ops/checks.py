@@ -146,7 +146,7 @@ def make_transform(
                 else type(keep_mask).__name__
             )
             raise ValueError(f"keep_mask must be a bool tensor [..., V], True for entries that stay; got {got}.")
-        keep_mask = keep_mask.reshape(-1, keep_mask.shape[-1])
+        keep_mask = keep_mask[None].flatten(0, -2)
         if keep_mask.shape[0] not in (1, rows) or keep_mask.shape[1] != vocab_size:
             raise ValueError(
                 f"keep_mask has shape {tuple(keep_mask.shape)}, expected ({rows}, {vocab_size}), or ({vocab_size},) for "

@@ -12,17 +12,20 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from entropy_po.objective import EntropyObjective
-from entropy_po.ops import checks, linear_token_stats, schema, sequences
+from entropy_po.ops import checks, linear_token_stats, parallel, schema, sequences
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences, VocabSums
 from entropy_po.plan import Choice, SequencePlan, slices
 from entropy_po.types import state_dtype, stats_from_state
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("entropy_po")
 
@@ -30,7 +33,7 @@ schema.LIBRARY.define(
     "linear_preference_loss(Tensor hidden_states, Tensor weight, Tensor? bias, Tensor labels, Tensor cu_seqlens, "
     "Tensor? ref_logps, Tensor? ref_hidden_states, Tensor? ref_weight, Tensor? ref_bias, Tensor? pair_weights, "
     f"{schema.OPTIONS}, float policy_coef, float ref_coef, str loss, float label_smoothing, float nll_coef, bool mean, "
-    "str strategy, int? workspace_bytes, bool[] needs) "
+    "str strategy, int? workspace_bytes, str sequence_group, bool[] needs) "
     f"-> ({', '.join(['Tensor'] * 11)})"
 )
 
@@ -89,6 +92,8 @@ def linear_preference_loss(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     strategy: str = "auto",
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> PreferenceOutput:
     """The loss of preference pairs, with gradients for hidden states, weight and bias, at three vocabulary products.
@@ -118,13 +123,20 @@ def linear_preference_loss(
         workspace_bytes: bound on what lives beside inputs, gradients and the fp32 sum of a half-precision weight's
             gradient; None for 256 MiB on a CPU and a quarter of the free memory on a GPU.
         strategy: "auto", "resident", "deferred" or "recompute" (`entropy_po.plan.plan_sequences`); a name is obeyed.
+        vocab_group: the ranks that split the vocabulary, as in `linear_token_stats`; ref_weight is split as weight is.
+        sequence_group: the ranks that split the sequences (context parallelism), None for none: each calls this with its
+            own rows of every pair, any of them (`sequence_shard`), and cu_seqlens [2B + 1] of those. Labels are shifted
+            before they are split; ref_logps and pair_weights are whole, and the same on all ranks. All get the same
+            results; the gradients are those of the rank's own rows, so that of the weight is still to be summed over the
+            group, with all others of the model.
         bias, temperature, softcap, logit_scale, keep_mask, ignore_index, backend: as in `linear_token_stats`.
 
     Returns:
         PreferenceOutput. `loss` is differentiable once, by hidden_states, weight and bias.
 
     Raises:
-        ValueError: a shape, dtype, device or range that can never work; the message names the argument.
+        ValueError: a shape, dtype, device or range that can never work; the message names the argument. Ranks of a group
+            that were called differently.
 
     Numerics:
         Tile values and sums are fp32 whatever the operands are; log-probs of sequences, margins and losses are summed in
@@ -143,6 +155,9 @@ def linear_preference_loss(
 
     Source: arXiv 2411.07595 (H-DPO), arXiv 2602.15894 (QEMPO).
     """
+    weight, bias, ref_weight, ref_bias = parallel.local_shards(
+        vocab_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
+    )
     hidden_states, weight, transform = checks.check_linear(
         hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
@@ -165,9 +180,9 @@ def linear_preference_loss(
     results = torch.ops.entropy_po.linear_preference_loss(
         hidden_states, weight, bias, labels, cu_seqlens, None if ref_logps is None else ref_logps.detach().reshape(-1),
         ref_hidden_states, ref_weight, ref_bias, None if pair_weights is None else pair_weights.detach(),
-        *schema.flat_options(transform, ignore_index, ("logps", "entropy"), backend),
+        *schema.flat_options(transform, ignore_index, ("logps", "entropy"), backend, vocab_group),
         objective.policy_coef, objective.ref_coef, loss, float(label_smoothing), float(nll_coef), reduction == "mean",
-        strategy, workspace_bytes, needs,
+        strategy, workspace_bytes, parallel.group_name("sequence_group", sequence_group), needs,
     )  # fmt: skip
     total, losses, margins, logps, entropy, ref, lengths, choice = results[:8]
     has_reference = objective.needs_reference
@@ -252,13 +267,16 @@ class _PairLoss:
 def _forward(
     hidden, weight, bias, labels, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, pair_weights, *options
 ) -> tuple[Tensor, ...]:
-    *options, a, b, loss, label_smoothing, nll_coef, mean, strategy, workspace_bytes, needs = options
+    *options, a, b, loss, label_smoothing, nll_coef, mean, strategy, workspace_bytes, sequence_group, needs = options
     options, objective = tuple(options), EntropyObjective(a, b)
     if workspace_bytes is None:
         workspace_bytes = sequences.default_workspace(hidden.device)
     num_pairs = cu_seqlens.numel() // 2
-    head = LmHead(hidden, weight, bias, labels, options)
-    seqs = Sequences(head, cu_seqlens)
+    # what the exchanges of a group follow from must be the same on all of its ranks
+    shared = {"loss": (a, b, loss, label_smoothing, nll_coef, mean), "strategy": strategy, "needs_grad": needs}
+    shared |= {"ref_logps": ref_logps, "pair_weights": pair_weights}
+    head = LmHead(hidden, weight, bias, labels, options, **shared)
+    seqs = Sequences(head, cu_seqlens, sequence_group, **shared)
     if ref_hidden is not None:
         ref_logps = _reference_logps(ref_hidden, ref_weight, ref_bias, labels, seqs, options, workspace_bytes)
     if pair_weights is None:
@@ -297,7 +315,7 @@ def _forward(
 
 def _reference_logps(hidden, weight, bias, labels, seqs: Sequences, options: tuple, workspace_bytes: int) -> Tensor:
     """[2B] in fp64, tile by tile and without gradient."""
-    head = LmHead(hidden, weight, bias, labels, (*options[:6], ["logps"], options[7]))
+    head = LmHead(hidden, weight, bias, labels, (*options[:6], ["logps"], *options[7:]))
     state = linear_token_stats.fold(head, sequences.fold_workspace(workspace_bytes, hidden.device))
     return seqs.sums(stats_from_state(state[:, : head.num_kept], ("logps",)).logps)
 
@@ -335,10 +353,11 @@ def _resident(
 ) -> None:
     """Whole pairs in one tile: their margins, and so their upstream gradients, are known while their logits are there."""
     rows = seqs.rows(start, stop)
-    if rows.start == rows.stop:
-        return
-    hidden, tile, state = tiles.fold(rows)
+    folded = tiles.fold(rows) if rows.stop > rows.start else None
     upstream = pair_loss.upstream(seqs.sums(tiles.logps[rows], start, stop), seqs.lengths[start:stop], start, stop)
+    if folded is None:  # only now: over a sequence_group the others have rows, and the sum is an exchange
+        return
+    hidden, tile, state = folded
     g_logp = seqs.per_row(upstream, start, stop).to(state.dtype)
     gradient = tiles.head.grad_(tile, rows, tiles.all_cols, state, g_logp, None)
     sums.add(rows, gradient, hidden, sums.vocab)

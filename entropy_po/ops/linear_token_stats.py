@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from entropy_po.ops import checks, gemm, schema
+from entropy_po.ops import checks, gemm, parallel, schema
 from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
 from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE, TilePlan, plan_tiles
 from entropy_po.types import Level, TokenStats, new_state, state_dtype, stats_from_state
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _INPUTS = "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor labels"
 schema.LIBRARY.define(
@@ -35,6 +39,7 @@ def linear_token_stats(
     keep_mask: Tensor | None = None,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
+    vocab_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """Per-token log-probability, entropy and more of a language-model head, without its logits.
@@ -54,6 +59,11 @@ def linear_token_stats(
         bias: [V], or None.
         workspace_bytes: bound on the tile and what goes with it; None for 32 MiB on a CPU and 1 GiB on a GPU.
             Beside it live the inputs, the gradients, and fp32 sums of those gradients where tiles are added into them.
+        vocab_group: the ranks that split the vocabulary, None for none. Each calls this, forward and backward, with the same
+            hidden states and labels, and with weight [V_r, D], bias [V_r] and keep_mask [..., V_r] of its own ids: those
+            that follow the shards of the ranks before it. Shards may differ in size; padding leaves by keep_mask. weight
+            and bias may be DTensors, Shard(0) over the group. All ranks get the same results and the same whole gradient
+            of hidden_states; the weight's stays local.
         outputs, temperature, softcap, logit_scale, keep_mask, ignore_index, backend: as in `token_stats`.
 
     Returns:
@@ -61,7 +71,8 @@ def linear_token_stats(
         weight and bias.
 
     Raises:
-        ValueError: a shape, dtype, device or range that can never work, or a label outside [0, V) (on CUDA: NaN).
+        ValueError: a shape, dtype, device or range that can never work, a label outside [0, V) (on CUDA: NaN), or ranks of
+            vocab_group that were called with different rows, labels, dtypes or options.
         NotImplementedError: a backend that cannot serve this device.
 
     Numerics:
@@ -74,12 +85,13 @@ def linear_token_stats(
         >>> (-stats.logps - 0.01 * stats.entropy).mean().backward()
     """
     outputs = checks.check_outputs(outputs)
+    weight, bias = parallel.local_shards(vocab_group, weight=weight, bias=bias)
     hidden_states, weight, transform = checks.check_linear(
         hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_CUDA_WORKSPACE if hidden_states.is_cuda else DEFAULT_CPU_WORKSPACE
-    options = schema.flat_options(transform, ignore_index, outputs, backend)
+    options = schema.flat_options(transform, ignore_index, outputs, backend, vocab_group)
     results = torch.ops.entropy_po.linear_token_stats(
         hidden_states, weight, bias, labels, *options, int(workspace_bytes)
     )
@@ -100,7 +112,7 @@ def _plan(head: LmHead, workspace_bytes: int) -> TilePlan:
 def _tiles(head: LmHead, plan: TilePlan) -> Iterator[tuple[slice, slice, Operand, Operand, Tensor]]:
     """Every tile of the logits, with its rows, columns and operands. Columns are the outer loop: a weight tile is
     converted once per call, and dW is finished tile by tile, so that its fp32 sum is never larger than a tile's columns."""
-    if head.num_kept == 0:
+    if head.num_kept == 0 or head.vocab_size == 0:
         return
     for cols in plan.col_slices():
         weight = head.weight_rows(cols)
@@ -117,6 +129,8 @@ def fold(head: LmHead, workspace_bytes: int) -> Tensor:
     state[:, head.num_kept :] = 0
     for rows, cols, _, _, tile in _tiles(head, _plan(head, workspace_bytes)):
         head.fold_(tile, rows, cols, state[:, rows])
+    kept = slice(0, head.num_kept)
+    head.complete_(state[:, kept], kept)
     return state
 
 
@@ -176,7 +190,7 @@ def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
 
 def _backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *rest) -> tuple[Tensor, Tensor, Tensor]:
     *options, workspace_bytes, needs = rest
-    head = LmHead(hidden, weight, bias, labels, tuple(options))
+    head = LmHead(hidden, weight, bias, labels, tuple(options), inputs_that_need_a_gradient=needs)
     return gradients(head, workspace_bytes, state, head.gather(grad_logps), head.gather(grad_entropy), needs)
 
 

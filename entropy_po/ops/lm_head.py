@@ -42,19 +42,23 @@ class LmHead:
         bias: Tensor | None,
         labels: Tensor,
         options: tuple,
+        **facts: object,
     ):
+        """`facts` are what else must be equal on all ranks of a vocab_group, beside the options."""
         self.hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
         self.weight = weight if weight.stride(-1) == 1 else weight.contiguous()
         self.num_rows, self.dim = hidden.shape
-        self.vocab_size = weight.shape[0]
+        self.vocab_size = weight.shape[0]  # of this rank's shard, where the vocabulary is split
         self.ignore_index, outputs, backend = options[5], tuple(options[6]), options[7]
         self.backend = tiles.resolve_backend(backend, hidden.device)
         self.level = Level.for_outputs(outputs)
         self.arithmetic = state_dtype(hidden.dtype)
         self.operand_copies = gemm.operand_copies(hidden.dtype, hidden.device)
         self.scratch = gemm.Scratch(hidden.device)
+        facts |= {"dtype": hidden.dtype, "temperature per row": options[0] is not None}
+        self.shards = schema.vocab_shards(self.vocab_size, labels, options, **facts)
         if hidden.device.type == "cpu":
-            checks.check_values(labels, self.vocab_size, self.ignore_index, options[0])
+            checks.check_values(labels, self.shards.total, self.ignore_index, options[0])
         kept = (labels != self.ignore_index).nonzero()[:, 0]
         self.kept = None if kept.numel() == labels.numel() else kept  # None: all rows, which costs nothing
         self.labels = labels.contiguous() if self.kept is None else labels[kept]
@@ -77,12 +81,16 @@ class LmHead:
         """The tile of raw logits, fp32 whatever the operands are, ready to be folded or overwritten by its gradient."""
         return gemm.logits_tile(hidden.multiplied, weight.multiplied, out, self.hidden.dtype)
 
+    def complete_(self, state: Tensor, rows: slice) -> None:
+        """The state of those rows, once all columns that are here have been folded, becomes that of the vocabulary."""
+        self.shards.complete_(state, self.labels[rows])
+
     def fold_(self, tile: Tensor, rows: slice, cols: slice, state: Tensor) -> None:
         """Accumulate the logits [rows, cols] into the state of those rows."""
         tiles.fold_(
             tile,
             self.labels[rows],
-            cols.start,
+            self.shards.start + cols.start,
             state,
             self.transform.tile(rows, cols, self.arithmetic),
             level=self.level,
@@ -99,7 +107,7 @@ class LmHead:
         tiles.grad_(
             tile,
             self.labels[rows],
-            cols.start,
+            self.shards.start + cols.start,
             state,
             g_logp,
             g_ent,
@@ -132,10 +140,12 @@ class HiddenSum:
     def __init__(self, head: LmHead, products: int, dtype: torch.dtype):
         """Sums of `products` products per row, for a result of `dtype`."""
         self.head, self.dtype = head, dtype
-        sum_dtype = gemm.accumulator_dtype(dtype, products)
+        sum_dtype = gemm.accumulator_dtype(dtype, products * len(head.shards.stops))
         # of all rows where it is the result itself, so that the kept rows are spread in it and not copied
         num_rows = head.num_rows if sum_dtype == dtype else head.num_kept
         self.rows = head.hidden.new_empty((num_rows, head.dim), dtype=sum_dtype)
+        if not head.vocab_size:  # an empty shard adds no product
+            self.rows.zero_()
 
     def add_product(self, rows: slice, gradient: Tensor, weight: Operand, first: bool) -> None:
         gemm.add_product(self.rows[rows], gradient, weight.beside(gradient), first, self.head.scratch)
@@ -143,6 +153,7 @@ class HiddenSum:
     def finish(self) -> Tensor:
         """The result, every row in its place and 0 where the label is ignored."""
         head, result = self.head, self.rows
+        head.shards.ranks.sum_(result[: head.num_kept])
         if result.dtype != self.dtype:
             result = head.hidden.new_empty(head.hidden.shape, dtype=self.dtype)
             result[: head.num_kept] = self.rows

@@ -6,31 +6,50 @@ names, and an output that was not asked for as an empty tensor.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from entropy_po.ops import parallel
+from entropy_po.ops.parallel import VocabShards
 from entropy_po.types import TokenStats, Transform, state_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LIBRARY = torch.library.Library("entropy_po", "DEF")
 
 # Flat spelling of Transform (less the bias, which is differentiable) and of the options that every operator has.
 OPTIONS = (
     "Tensor? row_temperature, Tensor? keep_mask, float temperature, float logit_scale, float? softcap, "
-    "int ignore_index, str[] outputs, str backend"
+    "int ignore_index, str[] outputs, str backend, str vocab_group"
 )
 STATS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 FIELDS = TokenStats._fields
 
 
-def flat_options(transform: Transform, ignore_index: int, outputs: tuple[str, ...], backend: str | None) -> tuple:
+def flat_options(
+    transform: Transform,
+    ignore_index: int,
+    outputs: tuple[str, ...],
+    backend: str | None,
+    vocab_group: ProcessGroup | None,
+) -> tuple:
     t = transform
     options = t.row_temperature, t.keep_mask, float(t.temperature), float(t.logit_scale), t.softcap
-    return *options, ignore_index, list(outputs), backend or ""
+    return *options, ignore_index, list(outputs), backend or "", parallel.group_name("vocab_group", vocab_group)
 
 
 def transform_from_options(options: tuple, bias: Tensor | None = None) -> Transform:
     row_temperature, keep_mask, temperature, logit_scale, softcap = options[:5]
     return Transform(logit_scale, softcap, temperature, row_temperature, bias, keep_mask)
+
+
+def vocab_shards(columns: int, labels: Tensor, options: tuple, **facts: object) -> VocabShards:
+    """This rank's part of the vocabulary, once the ranks agree on labels, options and whatever else the caller names."""
+    names = "temperature", "logit_scale", "softcap", "ignore_index", "outputs"
+    return VocabShards(options[8], columns, labels, **dict(zip(names, options[2:7], strict=True)), **facts)
 
 
 def empty_stats(n: int | torch.SymInt, outputs: list[str], like: Tensor) -> list[Tensor]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from entropy_po.ops import checks, schema, sequences
+from entropy_po.ops import checks, parallel, schema, sequences
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
 from entropy_po.plan import Choice, SequencePlan, slices
 from entropy_po.types import state_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SequenceBatch(NamedTuple):
@@ -77,6 +80,8 @@ def sequence_loss(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     strategy: str = "auto",
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> SequenceLossOutput:
     """A loss of your own over packed sequences, with gradients for hidden states, weight and bias.
@@ -91,6 +96,9 @@ def sequence_loss(
         loss_fn: SequenceBatch -> scalar. It may use constants; a parameter of its own would get no gradient, and is refused.
         coupled: consecutive sequences that a term reads together.
         outputs: "logps", and "entropy" where the loss needs it; what is not named costs nothing.
+        vocab_group, sequence_group: as in `linear_preference_loss`. Over a sequence_group, `logps`, `entropy` and `lengths`
+            are those of whole sequences and the tokens this rank's: a term over sequences must read no tokens, so that
+            it is the same number on every rank, and terms over tokens alone (coupled=0) are summed over the ranks.
         workspace_bytes: as in `linear_preference_loss`. strategy: "auto", "resident" or "recompute".
         bias, temperature, softcap, logit_scale, keep_mask, ignore_index, backend: as in `linear_token_stats`.
 
@@ -115,6 +123,7 @@ def sequence_loss(
     if not set(outputs) <= {"logps", "entropy"}:
         raise ValueError(f"outputs={outputs!r}: only logps and entropy are differentiable.")
     outputs = ("logps", "entropy") if "entropy" in outputs else ("logps",)
+    weight, bias = parallel.local_shards(vocab_group, weight=weight, bias=bias)
     hidden_states, weight, transform = checks.check_linear(
         hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
@@ -123,14 +132,15 @@ def sequence_loss(
         raise ValueError(
             f"coupled={coupled!r} must be 0 (a term reads one token) or divide the {cu_seqlens.numel() - 1} sequences."
         )
-    options = schema.flat_options(transform, ignore_index, outputs, backend)
+    options = schema.flat_options(transform, ignore_index, outputs, backend, vocab_group)
     inputs = hidden_states, weight, bias
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     if workspace_bytes is None:
         workspace_bytes = sequences.default_workspace(hidden_states.device)
     with torch.no_grad():
-        head = LmHead(hidden_states, weight, bias, labels, options)
-        seqs = Sequences(head, cu_seqlens)
+        shared = {"coupled": coupled, "strategy": strategy, "needs_grad": needs}
+        head = LmHead(hidden_states, weight, bias, labels, options, **shared)
+        seqs = Sequences(head, cu_seqlens, parallel.group_name("sequence_group", sequence_group), **shared)
     plan = sequences.plan_for(head, seqs, needs, strategy, workspace_bytes, coupled=coupled)
     batches = _Batches(head, seqs, coupled)
     if plan.choice.name == "recompute":
@@ -146,6 +156,7 @@ def sequence_loss(
             keep_mask=keep_mask,
             ignore_index=ignore_index,
             workspace_bytes=sequences.fold_workspace(workspace_bytes, hidden_states.device),
+            vocab_group=vocab_group,
             backend=backend,
         )
         kept = [None if x is None else x if head.kept is None else x[head.kept] for x in stats[:2]]
@@ -155,6 +166,8 @@ def sequence_loss(
         token_logps, token_entropy = (None if x is None else x.detach() for x in kept)
     else:
         loss, token_logps, token_entropy = _Resident.apply(*inputs, head, plan, batches, loss_fn, needs)
+    if not coupled:
+        loss = seqs.ranks.sum(loss)
     return SequenceLossOutput(
         loss.to(state_dtype(hidden_states.dtype)),
         seqs.sums(token_logps).to(token_logps.dtype),
@@ -182,11 +195,12 @@ class _Batches:
         return batch._replace(sequences=part, logps=sums[0], entropy=sums[1])
 
     def parts(self, plan: SequencePlan) -> Iterator[tuple[slice, slice]]:
-        """(rows, sequences) of every tile."""
+        """(rows, sequences) of every tile. Over a sequence_group, the same sequences on all ranks: rows may be none."""
         if not self.coupled:
             yield from ((rows, slice(0, 0)) for rows in slices(0, self.rows.numel(), max(plan.choice.tile_rows, 1)))
         for group in plan.groups:
-            yield self.seqs.rows(group.start, group.stop), slice(group.start, group.stop)
+            if any(self.seqs.longest_parts[group.start : group.stop]):
+                yield self.seqs.rows(group.start, group.stop), slice(group.start, group.stop)
 
 
 class _Resident(torch.autograd.Function):
@@ -195,11 +209,11 @@ class _Resident(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head: LmHead, plan: SequencePlan, batches: _Batches, loss_fn, needs):
         tiles = RowTiles(head, plan.weight_cols)
-        parts = [(rows, part) for rows, part in batches.parts(plan) if rows.stop > rows.start]
+        parts = list(batches.parts(plan))
         sums = GradientSums(tiles, needs, num_tiles=len(parts))
         total = hidden.new_zeros((), dtype=torch.float64)
         for rows, part in parts:
-            states, tile, state = tiles.fold(rows)
+            folded = tiles.fold(rows) if rows.stop > rows.start else None
             with torch.enable_grad():
                 leaves = [tiles.logps[rows].clone().requires_grad_()]
                 if head.level:
@@ -209,6 +223,9 @@ class _Resident(torch.autograd.Function):
                 _refuse_other_leaves(loss, leaves)
                 upstream = torch.autograd.grad(loss, leaves, allow_unused=True)
             total += loss.detach()
+            if folded is None:
+                continue
+            states, tile, state = folded
             gradient = head.grad_(tile, rows, tiles.all_cols, state, *upstream, *(None,) * (2 - len(upstream)))
             sums.add(rows, gradient, states, sums.vocab)
         ctx.save_for_backward(*sums.finish())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entropy_po.ops import gemm
 from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
+from entropy_po.ops.parallel import Ranks
 from entropy_po.plan import (
     CUDA_WORKSPACE_SHARE,
     DEFAULT_CPU_SEQUENCE_WORKSPACE,
@@ -34,12 +35,13 @@ def fold_workspace(workspace_bytes: int, device: torch.device) -> int:
 
 
 class Sequences:
-    """Where each sequence lies among the kept rows of a head."""
+    """Where each sequence lies among the kept rows of a head; over a sequence_group, where this rank's part of it does."""
 
-    def __init__(self, head: LmHead, cu_seqlens: Tensor):
-        """
+    def __init__(self, head: LmHead, cu_seqlens: Tensor, sequence_group: str = "", **facts: object):
+        """`facts` are what else must be equal on all ranks of a sequence_group, beside the number of sequences.
+
         Raises:
-            ValueError: the offsets do not run from 0 to the number of rows without a step back.
+            ValueError: the offsets do not run from 0 to the number of rows without a step back; or ranks that differ.
         """
         self.starts = offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != head.num_rows or any(b < a for a, b in pairwise(offsets)):
@@ -47,7 +49,12 @@ class Sequences:
             raise ValueError(f"cu_seqlens={shown} must rise from 0 to the {head.num_rows} rows of hidden_states.")
         if head.kept is not None:
             self.starts = torch.searchsorted(head.kept, cu_seqlens.to(head.kept)).tolist()
-        self.lengths = torch.tensor(self.starts, device=head.labels.device).diff()
+        self.lengths_here = torch.tensor(self.starts, device=head.labels.device).diff()
+        self.ranks = Ranks("sequence_group", sequence_group)
+        self.ranks.agree(head.labels.device, sequences=len(self), **facts)
+        lengths = self.ranks.gather(self.lengths_here)
+        self.lengths = lengths.sum(0)  # [S], of whole sequences
+        self.longest_parts = self.host_lengths if len(lengths) == 1 else lengths.amax(0).tolist()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -62,22 +69,28 @@ class Sequences:
 
     def sums(self, values: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Per sequence, of values at the rows of sequences [start, stop), in fp64: a long answer's log-prob is large,
-        and a margin is a difference of two."""
-        return segment_sums(values, self.lengths[start:stop])
+        and a margin is a difference of two. Over all ranks' parts, which makes this an exchange."""
+        return self.ranks.sum(segment_sums(values, self.lengths_here[start:stop]))
 
     def per_row(self, values: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """A value per sequence of [start, stop) at each of its rows."""
         rows = self.rows(start, len(self) if stop is None else stop)
-        return values.repeat_interleave(self.lengths[start:stop], output_size=rows.stop - rows.start)
+        return values.repeat_interleave(self.lengths_here[start:stop], output_size=rows.stop - rows.start)
 
 
 def plan_for(
     head: LmHead, seqs: Sequences, needs: Sequence[bool], strategy: str, workspace_bytes: int, **loss
 ) -> SequencePlan:
-    """`plan_sequences` for a head; `loss` says what it knows of the loss: coupled, can_defer, anchored."""
+    """`plan_sequences` for a head; `loss` says what it knows of the loss: coupled, can_defer, anchored.
+
+    Every tile is an exchange over the groups that are there, so all ranks plan alike: by the widest shard of the vocabulary,
+    the longest part of each sequence, and the smallest budget.
+    """
+    for ranks in (head.shards.ranks, seqs.ranks):
+        workspace_bytes = ranks.smallest(workspace_bytes, head.hidden.device)
     return plan_sequences(
-        seqs.host_lengths,
-        head.vocab_size,
+        seqs.longest_parts,
+        head.shards.widest,
         head.dim,
         element=head.arithmetic.itemsize,
         trained=needs[1],
@@ -119,6 +132,7 @@ class RowTiles:
             head.logits(hidden, head.weight_rows(cols), tile[:, cols])
         state = new_state(n, head.level, head.hidden)
         head.fold_(tile, rows, self.all_cols, state)
+        head.complete_(state, rows)
         stats = stats_from_state(state, ("logps", "entropy") if head.level else ("logps",))
         self.logps[rows] = stats.logps
         if stats.entropy is not None:

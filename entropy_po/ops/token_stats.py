@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from entropy_po import tiles
 from entropy_po.ops import checks, schema
 from entropy_po.types import Level, TokenStats, new_state, state_dtype, stats_from_state
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _SCHEMA = f"(Tensor logits, Tensor labels, {schema.OPTIONS}, bool inplace_backward)"
 _BACKWARD = (
@@ -33,6 +37,7 @@ def token_stats(
     keep_mask: Tensor | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    vocab_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """Per-token log-probability, entropy and more, from logits, in one read of them.
@@ -54,13 +59,17 @@ def token_stats(
         ignore_index: the label of rows to skip.
         inplace_backward: overwrite `logits` with their gradient in the backward. Saves a tensor of their size; anything
             that still needs the logits' values, a second backward among them, then raises torch's in-place error.
+        vocab_group: the ranks that split the vocabulary, None for none: each calls this, forward and backward, with the
+            same labels and with logits [..., V_r] and keep_mask of its own ids, those that follow the shards of the ranks
+            before it. All get the same results; the gradient is that of the rank's own logits.
         backend: "cpp", "triton", "cuda" or "torch"; None chooses by device (`available_backends`).
 
     Returns:
         TokenStats of the labels' shape, fp32 (fp64 for fp64 logits). `logps` and `entropy` are differentiable once.
 
     Raises:
-        ValueError: a shape, dtype, device or range that can never work, or a label outside [0, V) (on CUDA: NaN).
+        ValueError: a shape, dtype, device or range that can never work, a label outside [0, V) (on CUDA: NaN), or ranks of
+            vocab_group that were called with different labels or options.
         NotImplementedError: a backend that cannot serve this device.
 
     Numerics:
@@ -73,7 +82,7 @@ def token_stats(
     """
     outputs = checks.check_outputs(outputs)
     checks.check_matrix("logits", logits, "[..., V]")
-    if logits.ndim < 1 or logits.shape[-1] < 1:
+    if logits.ndim < 1 or (logits.shape[-1] < 1 and vocab_group is None):
         raise ValueError(
             f"logits has shape {tuple(logits.shape)}; the last dimension is the vocabulary and needs an entry."
         )
@@ -91,7 +100,7 @@ def token_stats(
         bias=None,
         keep_mask=keep_mask,
     )
-    options = schema.flat_options(transform, ignore_index, outputs, backend)
+    options = schema.flat_options(transform, ignore_index, outputs, backend, vocab_group)
     results = torch.ops.entropy_po.token_stats(rows, labels.reshape(-1), *options, inplace_backward)
     return schema.token_stats_from_flat(results, outputs, labels.shape)
 
@@ -107,6 +116,8 @@ def _rows_overlap(logits: Tensor) -> bool:
 def _row_blocks(logits: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
     """The rows of [..., V] logits as views [n, V], each with its place among all rows: one block where the rows lie at
     even distances, else one per leading index, so that the usual shift, `logits[:, :-1]`, copies nothing."""
+    if logits.shape[-1] == 0:  # an empty shard
+        return
     try:
         block = logits.view(-1, logits.shape[-1])
     except RuntimeError:
@@ -118,9 +129,10 @@ def _row_blocks(logits: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]
 
 
 def _forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
-    *_, ignore_index, outputs, backend, _ = options
+    ignore_index, outputs, backend = options[5:8]
+    shards = schema.vocab_shards(logits.shape[-1], labels, options)
     if logits.device.type == "cpu":
-        checks.check_values(labels, logits.shape[-1], ignore_index, options[0])
+        checks.check_values(labels, shards.total, ignore_index, options[0])
     level = Level.for_outputs(tuple(outputs))
     labels = labels.contiguous()
     state = new_state(labels.numel(), level, logits)
@@ -129,13 +141,14 @@ def _forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
         tiles.fold_(
             block,
             labels[rows],
-            0,
+            shards.start,
             state[:, rows],
             transform.tile(rows, slice(None), state.dtype),
             level=level,
             ignore_index=ignore_index,
             backend=tiles.resolve_backend(backend, logits.device),
         )
+    shards.complete_(state, labels)
     stats = stats_from_state(state, tuple(outputs))
     ignored = labels == ignore_index
     results = schema.empty_stats(0, [], logits)
@@ -154,13 +167,14 @@ def _fake_forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...
 
 def _grad_into(out: Tensor, grad_logps, grad_entropy, logits, labels, state, *options) -> None:
     ignore_index, _, backend = options[5:8]
+    shards = schema.vocab_shards(logits.shape[-1], labels, options)
     labels, transform = labels.contiguous(), schema.transform_from_options(options)
-    flat_out = None if out is logits else out.view(-1, logits.shape[-1])
+    flat_out = None if out is logits else out.flatten(0, -2)
     for rows, block in _row_blocks(logits):
         tiles.grad_(
             block,
             labels[rows],
-            0,
+            shards.start,
             state[:, rows],
             None if grad_logps is None else grad_logps[rows],
             None if grad_entropy is None else grad_entropy[rows],
@@ -201,7 +215,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_logps, grad_entropy, *_):
     if not ctx.needs_input_grad[0] or (grad_logps is None and grad_entropy is None):
-        return (None,) * 11
+        return (None,) * 12
     schema.refuse_second_order("token_stats")
     logits, labels, row_temperature, keep_mask, state = ctx.saved_tensors
     # An output that was not asked for has an empty gradient when something upstream materialised it.
@@ -212,7 +226,7 @@ def _autograd(ctx, grad_logps, grad_entropy, *_):
         grad = logits
     else:
         grad = torch.ops.entropy_po.token_stats_backward(*upstream, logits, labels, state, *options)
-    return grad, *(None,) * 10
+    return grad, *(None,) * 11
 
 
 for _name, _kernel, _fake in (

@@ -179,13 +179,14 @@ class PreferenceTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of the losses of this batch's pairs over the pairs of the whole step; their mean where it is unknown."""
         output, aux_loss = self._preferences(model, inputs)
-        total, num_pairs = output.loss, len(output.losses)
+        num_pairs = len(output.losses) if model.training else self._pairs_not_repeated(len(output.losses))
+        total = output.loss if num_pairs == len(output.losses) else output.losses[:num_pairs].sum()
         if aux_loss is not None:
             coefficient = self.accelerator.unwrap_model(model).config.get_text_config().router_aux_loss_coef
             total = total + num_pairs * coefficient * aux_loss.to(total.device)
-        self._accumulate(model.training, inputs, output, total)
+        self._accumulate(model.training, inputs, output, total, num_pairs)
         if num_items_in_batch is None:
-            loss = total / num_pairs
+            loss = total / max(num_pairs, 1)
         else:
             # Data parallelism averages gradients over ranks, and the count is that of all ranks.
             loss = total * self.accelerator.num_processes / num_items_in_batch
@@ -197,6 +198,14 @@ class PreferenceTrainer(Trainer):
             return None
         pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
         return self.accelerator.reduce(pairs, reduction="sum") if self.args.world_size > 1 else pairs
+
+    def _pairs_not_repeated(self, num_pairs: int) -> int:
+        """How many of this rank's pairs count. Ranks take equally many batches of one size, so the last ones are filled up
+        with pairs from the beginning; a mean over the evaluation set must not see those twice."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return num_pairs
+        return min(max(state.remainder - self.args.process_index * num_pairs, 0), num_pairs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of one evaluation batch; the metrics gather on the side."""
@@ -211,13 +220,13 @@ class PreferenceTrainer(Trainer):
     # ---- metrics ----
 
     @torch.no_grad()
-    def _accumulate(self, training: bool, inputs, output: PreferenceOutput, total: Tensor) -> None:
-        """Add this batch to the sums, on the device: reading them every step would wait for it."""
+    def _accumulate(self, training: bool, inputs, output: PreferenceOutput, total: Tensor, num_pairs: int) -> None:
+        """Add this batch's first pairs to the sums, on the device: reading them every step would wait for it."""
         sides = (output.rewards, output.logps, output.lengths)
-        rewards, logps, lengths = (values.sum(0).unbind() for values in sides)
-        pairs = torch.ones_like(output.losses).sum()
-        totals = [total, *rewards, output.margins.sum(), output.accuracy.sum(), *logps, *lengths, pairs]
-        totals += [output.entropy.sum(), output.lengths.sum(), inputs["attention_mask"].sum()]
+        rewards, logps, lengths = (values[:num_pairs].sum(0).unbind() for values in sides)
+        margins, entropy = output.margins[:num_pairs], output.entropy[:num_pairs]
+        totals = [total, *rewards, margins.sum(), (margins > 0).sum(), *logps, *lengths, margins.new_tensor(num_pairs)]
+        totals += [entropy.sum(), output.lengths[:num_pairs].sum(), inputs["attention_mask"][: 2 * num_pairs].sum()]
         totals = torch.stack([total.float() for total in totals])
         key = "train" if training else "eval"
         self._sums[key] = self._sums[key] + totals if key in self._sums else totals

@@ -40,9 +40,16 @@ def attach_reference(
         ValueError: a log-prob that is not finite; the row is named.
     """
     adapter = hasattr(model, "disable_adapter")
+    home = next(model.parameters()).device
+    if home.type == "meta":
+        raise ValueError(
+            "model: its weights are not loaded on this rank, and the reference log-probs need them; set "
+            "fsdp_cpu_ram_efficient_loading to false, or give pairs that have ref_logps."
+        )
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
+        model.to(accelerator.device)  # before FSDP shards it, a model waits on the CPU
         with torch.no_grad(), model.disable_adapter() if adapter else torch.no_grad():
             fingerprint = _fingerprint(model, dataset, settings)
             path = folder / f"ref_logps-{fingerprint[:16]}.safetensors"
@@ -55,6 +62,7 @@ def attach_reference(
                 if accelerator.is_main_process:
                     _save(path, fingerprint, logps)
     finally:
+        model.to(home)
         for module, mode in modes.items():
             module.training = mode
     pairs = zip(dataset.pairs, logps.tolist(), strict=True)

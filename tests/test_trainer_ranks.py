@@ -1,0 +1,104 @@
+"""The trainer on several ranks, real processes over gloo, step by step against one process with the same global batch."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+
+sys.path.insert(0, str(Path(__file__).parent))
+import trainer_cases as cases
+from ranks import RankError, Ranks
+
+from entropy_po.trainer.checkpoints import last_checkpoint
+
+UNLIKE = ("tokens_per_second", "peak_memory_mib", "runtime", "samples_per_second", "steps_per_second")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+def assert_same_run(ours, one):
+    """Two (history, evaluation, weights)."""
+    assert [row["step"] for row in ours[0]] == [row["step"] for row in one[0]]
+    for mine, theirs in zip((*ours[0], ours[1]), (*one[0], one[1]), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if not name.removeprefix("eval_").startswith(UNLIKE):
+                assert mine[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name
+    assert torch.linalg.norm(ours[2] - one[2]) <= 2e-6 * torch.linalg.norm(one[2])
+
+
+OPTIONS = {
+    "plain": {},
+    "tied embeddings": {"tied": True},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "adapter": {"lora_r": 4},
+    "checkpointing": {"activation_checkpointing": True},
+    "clipping": {"max_grad_norm": 1.0},
+    "no reference": {"method": "qempo", "lam": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_ranks_train_as_one_process(ranks, tmp_path, name):
+    """Evaluation has 5 pairs in batches of 2: on two ranks the last batch is filled up with three that count already."""
+    options = {"per_device_eval_batch_size": 2, **OPTIONS[name]}
+    one = cases.run(tmp_path / "one", per_device_train_batch_size=4 // (2 if "acc" in name else 1), **options)
+    two = ranks.run(
+        cases.run, 0, tmp_path / "two", per_device_train_batch_size=2 // (2 if "acc" in name else 1), **options
+    )
+    assert_same_run(two[0], one)
+    assert torch.equal(two[0][2], two[1][2])
+    rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [row["step"] for row in one[0]]  # written by one rank
+
+
+def test_bf16_mixed_precision(ranks, tmp_path):
+    one = cases.run(tmp_path / "one", per_device_train_batch_size=4, bf16=True)
+    two = ranks.run(cases.run, 0, tmp_path / "two", per_device_train_batch_size=2, bf16=True)[0]
+    assert [row["loss"] for row in two[0]] == pytest.approx([row["loss"] for row in one[0]], rel=0.03)
+
+
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_resume_on_another_number_of_ranks(ranks, tmp_path, first):
+    """The same global batch, split otherwise."""
+
+    def on(where, folder, **options):
+        options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant", **options}
+        if where == "one":
+            return cases.run(folder, per_device_train_batch_size=4, **options)
+        return ranks.run(cases.run, 0, folder, per_device_train_batch_size=2, **options)[0]
+
+    whole = on("one", tmp_path / "whole")
+    on(first, tmp_path / "parts", max_steps=2)
+    resumed = on(
+        "two" if first == "one" else "one", tmp_path / "parts", resume=str(tmp_path / "parts" / "checkpoint-2")
+    )
+    assert_same_run(resumed, whole)
+
+
+def test_a_killed_rank_leaves_an_error_and_a_checkpoint(tmp_path):
+    ranks = Ranks(2)
+    options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(RankError, match=r"Connection closed by peer|Connection reset by peer|Broken pipe"):
+        ranks.run(cases.run, 0, tmp_path, die_at=2, **options)
+    assert last_checkpoint(tmp_path).endswith("checkpoint-2")
+    resumed = cases.run(tmp_path, resume=last_checkpoint(tmp_path), **{**options, "per_device_train_batch_size": 4})
+    assert_same_run(resumed, cases.run(tmp_path / "whole", per_device_train_batch_size=4))
+
+
+@pytest.mark.parametrize("tied, own_unit", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("reshard", [True, None])
+def test_fully_sharded_data_parallelism(ranks, seed, tied, own_unit, reshard):
+    ranks.run(cases.fully_sharded, seed, tied, reshard, own_unit)

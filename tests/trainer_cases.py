@@ -1,0 +1,69 @@
+"""What the ranks of test_trainer_ranks.py run: training runs whose history and weights are compared outside."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def run(folder, num_pairs=8, tied=False, resume=None, die_at=None, **options):
+    """(rows of metrics, evaluation, all weights as one vector) of a run on this many ranks, this process being one."""
+    from test_trainer import make_model, make_rows, make_trainer
+    from transformers import TrainerCallback
+
+    class Die(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == die_at and args.process_index == 1:
+                os._exit(1)
+
+    options = {"optim": "sgd", "logging_steps": 1, "max_grad_norm": 0.0, "num_train_epochs": 2, **options}
+    trainer = make_trainer(folder, make_rows(num_pairs), make_model(tie_word_embeddings=tied), make_rows(5), **options)
+    trainer.add_callback(Die)
+    trainer.train(resume)
+    evaluation = trainer.evaluate()
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    return history, evaluation, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def fully_sharded(tied, reshard, own_unit):
+    """Gradients, evaluation and state dict of a model under FSDP2, against the whole model on the whole batch."""
+    from test_trainer import make_model, make_rows
+    from test_trainer_data import make_tokenizer
+    from torch.distributed.fsdp import fully_shard
+
+    from entropy_po import EntropyObjective, linear_preference_loss
+    from entropy_po.answers import Answers, answer_logps
+    from entropy_po.trainer import PairCollator, tokenize_pairs
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    pairs = tokenize_pairs(make_rows(8), make_tokenizer()).pairs
+    mine = pairs[rank * 8 // size : (rank + 1) * 8 // size]
+
+    def loss_of(model, pairs):
+        answers = Answers.of(model, PairCollator()(pairs))
+        return linear_preference_loss(
+            answers.hidden_states, answers.head.weight, answers.labels, answers.cu_seqlens,
+            objective=EntropyObjective.qempo(2.0), reduction="sum", **answers.head.options,
+        ).loss  # fmt: skip
+
+    whole, model = make_model(tie_word_embeddings=tied), make_model(tie_word_embeddings=tied)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if own_unit:
+        fully_shard(model.lm_head, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard)
+    for _ in range(2):  # accumulated
+        loss_of(whole, pairs).backward()
+        (size * loss_of(model, mine)).backward()  # FSDP averages
+    for (name, ours), truth in zip(model.named_parameters(), whole.parameters(), strict=True):
+        error = (ours.grad.full_tensor() - truth.grad).norm() / truth.grad.norm()
+        assert error <= 2e-6, f"{name}: {error:.1e}"
+    batch = PairCollator()(pairs)
+    with torch.no_grad():
+        torch.testing.assert_close(answer_logps(model, batch), answer_logps(whole, batch), rtol=1e-5, atol=1e-4)
+    shard = model.state_dict()["lm_head.weight"].to_local()
+    assert shard.shape[0] < model.config.vocab_size
