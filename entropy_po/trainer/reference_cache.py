@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from entropy_po.heads import head_of
+from entropy_po.heads import evaluation_mode, head_of
 from entropy_po.trainer.data import PairDataset, pad_rows
 
 _SAMPLES = 64  # elements of each weight that are hashed in place, beside the sum over all its bits
@@ -40,23 +41,17 @@ def attach_reference(
         ValueError: a log-prob that is not finite; the row is named.
     """
     adapter = hasattr(model, "disable_adapter")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), model.disable_adapter() if adapter else torch.no_grad():
-            fingerprint = _fingerprint(model, dataset, settings)
-            path = folder / f"ref_logps-{fingerprint[:16]}.safetensors"
-            logps = _load(path, fingerprint, len(dataset))
-            # All ranks agree: a shared folder may show the file to one of them only.
-            if accelerator.num_processes > 1 and bool(accelerator.reduce(_flag(logps is None, accelerator)) > 0):
-                logps = None
-            if logps is None:
-                logps = _compute(dataset, model, logps_of, batch_size, pad_token_id, accelerator, progress)
-                if accelerator.is_main_process:
-                    _save(path, fingerprint, logps)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(model), torch.no_grad(), model.disable_adapter() if adapter else nullcontext():
+        fingerprint = _fingerprint(model, dataset, settings)
+        path = folder / f"ref_logps-{fingerprint[:16]}.safetensors"
+        logps = _load(path, fingerprint, len(dataset))
+        # All ranks agree: a shared folder may show the file to one of them only.
+        if accelerator.num_processes > 1 and bool(accelerator.reduce(_flag(logps is None, accelerator)) > 0):
+            logps = None
+        if logps is None:
+            logps = _compute(dataset, model, logps_of, batch_size, pad_token_id, accelerator, progress)
+            if accelerator.is_main_process:
+                _save(path, fingerprint, logps)
     pairs = zip(dataset.pairs, logps.tolist(), strict=True)
     return PairDataset([replace(pair, ref_logps=tuple(values)) for pair, values in pairs], dataset.num_dropped)
 
