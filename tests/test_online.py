@@ -20,6 +20,7 @@ from test_trainer_data import make_tokenizer  # noqa: E402
 
 from entropy_po import EntropyObjective  # noqa: E402
 from entropy_po.ops.sequences import segment_sums  # noqa: E402
+from entropy_po.policy_gradient import token_advantages  # noqa: E402
 from entropy_po.trainer import OnlineConfig, OnlineTrainer  # noqa: E402
 from entropy_po.trainer.generation import TransformersGeneration, VLLMGeneration  # noqa: E402
 from entropy_po.trainer.online import RepeatedBlocks  # noqa: E402
@@ -142,6 +143,21 @@ def test_expected_gradient_is_the_objectives_over_all_answers(estimator, level, 
     if estimator == "bonus":
         unbiased = torch.cat([grad.flatten() for grad in exact_gradient(enumerated, 0.3, 0.2, "sequence")])
         assert relative_error(-got, unbiased) > 1e-2  # its bias is real
+
+
+def test_a_token_is_paid_for_what_follows_it():
+    """By hand: reward, later entropies at a, its own and later log ref at b, minus the same of the other answer."""
+    objective = EntropyObjective.spl(2.0, 0.5)
+    rewards = torch.tensor([[1.0, 0.0]])
+    entropy, ref = (
+        torch.tensor([[[0.1, 0.2, 0.4], [0.3, 0.0, 0.0]]]),
+        torch.tensor([[[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]]]),
+    )
+    first = torch.tensor([1 + 2 * 0.6 - 0.5 * 6, 1 + 2 * 0.4 - 0.5 * 5, 1 - 0.5 * 3])
+    second = torch.tensor([-0.5 * 4, 0.0, 0.0])
+    got = token_advantages(objective, rewards, entropy, ref)
+    assert torch.allclose(got[0], torch.stack([first - second, second - first]))
+    assert torch.equal(token_advantages(EntropyObjective.qempo(1.0), rewards, None)[0, :, 0], torch.tensor([1.0, -1.0]))
 
 
 # ---- later steps on the same samples ----

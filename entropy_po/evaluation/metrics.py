@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb
 
 import torch
 from torch import Tensor
@@ -26,6 +27,27 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
 def distinct_n_per_prompt(answers: Sequence[Sequence[str]], n: int = 2) -> float:
     """Mean over prompts of `distinct_n` among a prompt's own answers: do they differ from one another?"""
     return sum(distinct_n(texts, n) for texts in answers) / max(len(answers), 1)
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k answers is right, from n >= k samples of which c are: no more, no less
+    than the share of the n-choose-k draws without replacement that hold a right one,
+
+        1 - C(n - c, k) / C(n, k)
+
+    Args:
+        num_samples: n. num_right: c, 0 to n. k: 1 to n.
+    Raises:
+        ValueError: k or c out of its range.
+    Example:
+        >>> pass_at_k(num_samples=4, num_right=1, k=2)
+        0.5
+
+    Source: arXiv 2107.03374.
+    """
+    if not (1 <= k <= num_samples and 0 <= num_right <= num_samples):
+        raise ValueError(f"expected 1 <= k <= num_samples and 0 <= num_right <= num_samples, got {k=}, {num_samples=}, {num_right=}.")
+    return 1.0 - comb(num_samples - num_right, k) / comb(num_samples, k)
 
 
 def bootstrap_interval(

@@ -215,8 +215,8 @@ class OnlineConfig(TrainingConfig):
     importance_sampling_level: str = _arg("token", "Ratios of tokens, or of whole answers: token or sequence.")
     estimator: str = _arg(
         "sequence",
-        "Of the entropy's gradient: sequence (from log-probs, unbiased), token (analytic entropy and reward-to-go, unbiased "
-        "on fresh samples, less noise) or bonus (analytic alone: biased, blind to the entropy of later tokens).",
+        "Of the entropy's gradient: sequence (from log-probs; its noise vanishes at the optimum), token (analytic entropy and "
+        "reward-to-go; unbiased too) or bonus (analytic alone: biased, blind to the entropy of later tokens).",
     )
     report_kl: bool = _arg(False, "Measure the KL to the start also where the method needs no reference.")
 
