@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         if not readings.exists():
             return status or 1
         found = report.condensed(json.loads(readings.read_text()), " ".join(["python -m benchmarks", *argv]))
-    print(report.write(found, HERE / "results"))
+    print(report.write(found))
     return status
 
 

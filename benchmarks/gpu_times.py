@@ -6,7 +6,6 @@ Times, floors measured in the same run, errors, allocator peaks, and the same re
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from benchmarks import report, suites
 from entropy_po.bench.measure import measure, one_line
@@ -38,7 +37,7 @@ def main() -> None:
     command = "python -m benchmarks.gpu_times" + (" --quick" if arguments.quick else "")
     unavailable = {name: found for name, found in unavailable.items() if found}
     found = report.finished(command, report.machine("cuda"), rows, memory, unavailable)
-    print(report.write(found, Path(__file__).parent / "results"))
+    print(report.write(found))
 
 
 if __name__ == "__main__":

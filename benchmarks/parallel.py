@@ -11,12 +11,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from benchmarks.report import RESULTS
 from entropy_po import EntropyObjective, linear_preference_loss, linear_token_stats
 from entropy_po.bench.timing import ratio, spread
 
@@ -95,7 +95,7 @@ def main() -> None:
         lines.append("| " + " | ".join([name, dtype, *ms, *ratios]) + " |")
         print(lines[-1], flush=True)
     context.join()
-    (Path(__file__).parent / "results" / "cpu" / "parallel.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "cpu" / "parallel.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from entropy_po.bench.implementations import OURS
 from entropy_po.bench.measure import summarised
 from entropy_po.bench.timing import NOISY
 
+RESULTS = Path(__file__).parent / "results"
 TITLES = {
     "logits": ("Logits path", "Log-probs and entropy of logits that exist. Floor: one read forward; with a gradient, one read "
                "and one write more, at the rate of a copy of the same tensor."),
@@ -83,7 +84,7 @@ def _clock() -> int | None:
     return round(sum(clocks) / len(clocks)) if clocks else None
 
 
-def write(report: dict, folder: Path) -> str:
+def write(report: dict, folder: Path = RESULTS) -> str:
     """Writes report.json, report.md and the pictures into benchmarks/results/<device>; returns the page."""
     folder = folder / re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)

@@ -42,9 +42,9 @@ class Answers(NamedTuple):
         )
 
 
-def answer_logps(model: nn.Module, batch: dict[str, Tensor], **options) -> Tensor:
-    """Summed log-probs [S], nats, of the answers of a batch, as `Answers.of` takes it. `options` of `linear_token_stats`:
-    temperature, workspace_bytes."""
+def answer_token_logps(model: nn.Module, batch: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+    """(log-probs [n] in nats, of every token of a batch's answers in order; answers' lengths [S]). `batch` as `Answers.of`
+    takes it; `options` of `linear_token_stats`: temperature, workspace_bytes."""
     answers = Answers.of(model, batch)
     stats = linear_token_stats(
         answers.hidden_states,
@@ -54,4 +54,9 @@ def answer_logps(model: nn.Module, batch: dict[str, Tensor], **options) -> Tenso
         **answers.head.options,
         **options,
     )
-    return segment_sums(stats.logps, answers.cu_seqlens.diff().to(stats.logps.device))
+    return stats.logps, answers.cu_seqlens.diff().to(stats.logps.device)
+
+
+def answer_logps(model: nn.Module, batch: dict[str, Tensor], **options) -> Tensor:
+    """Summed log-probs [S], nats, of the answers of a batch; arguments as of `answer_token_logps`."""
+    return segment_sums(*answer_token_logps(model, batch, **options))

@@ -1,4 +1,4 @@
-"""The command `entropy-po`: demo, train, evaluate, bench, plan, doctor.
+"""The command `entropy-po`: demo, train, train-online, evaluate, bench, plan, doctor.
 
 Each subcommand is imported when it is called. An error the user can act on is one line on stderr and exit status 2;
 `--traceback`, or ENTROPY_PO_TRACEBACK=1, shows where it came from.
@@ -10,19 +10,21 @@ import logging as stdlib_logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 COMMANDS = {
     "demo": ("entropy_po.demo.run", "the whole method on a small model, in minutes"),
     "train": ("entropy_po.cli", "offline preference training: H-DPO, DPO, SPL, QEMPO, QEMPO-KL"),
+    "train-online": ("entropy_po.cli", "online training on a model's own answers: QEMPO, QEMPO-KL, RLHF"),
     "evaluate": ("entropy_po.evaluation.cli", "quality, diversity and length of a model's answers"),
     "bench": ("entropy_po.bench.command", "time, memory and error at a shape of yours, against torch and peers"),
     "plan": ("entropy_po.forecast", "memory, bytes on the wire and time on many GPUs, by counting"),
     "doctor": ("entropy_po.doctor", "what this installation can do, and what it lacks"),
 }
 USAGE = "usage: entropy-po COMMAND [options]\n\n" + "\n".join(
-    f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()
+    f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items()
 )
 USAGE += "\n\nentropy-po COMMAND --help tells the options; --traceback, anywhere, shows where an error came from."
 
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"entropy-po: no command {command!r}; {hint}", file=sys.stderr)
         return 2
     try:
-        run = train if command == "train" else importlib.import_module(COMMANDS[command][0]).main
+        run = TRAINING.get(command) or importlib.import_module(COMMANDS[command][0]).main
         return run(rest) or 0
     except KeyboardInterrupt:
         print("entropy-po: interrupted", file=sys.stderr)
@@ -71,7 +73,7 @@ def _one_line(error: Exception) -> str:
 
 @dataclass
 class TrainSources:
-    """What `entropy-po train` trains on; everything else is an argument of EntropyPOConfig."""
+    """What a run trains on; everything else is an argument of EntropyPOConfig or OnlineConfig."""
 
     model: str = field(metadata={"help": "smollm2-135m, a hub id or a model folder."})
     train_data: str = field(metadata={"help": "A .jsonl or .jsonl.gz file, a datasets folder or a dataset's name."})
@@ -86,7 +88,39 @@ class TrainSources:
 
 def train(argv: list[str]) -> int:
     """`entropy-po train [config.yaml] [--flags]`: flags win over the file. Leaves the model in output_dir."""
-    sources, args = _parse_train(argv)
+    from entropy_po.trainer.config import EntropyPOConfig
+
+    sources, args = _parse_train(argv, "train", EntropyPOConfig)
+    from entropy_po.trainer.preference import PreferenceTrainer
+
+    shown = {"loss": "train_loss", "eval loss": "eval_loss", "eval accuracy": "eval_rewards/accuracies"}
+    _run(sources, args, PreferenceTrainer, "pairs", shown)
+    return 0
+
+
+def train_online(argv: list[str]) -> int:
+    """`entropy-po train-online [config.yaml] [--flags]`. Reward functions are looked for in the current folder too."""
+    from entropy_po.trainer.config import OnlineConfig
+
+    sources, args = _parse_train(argv, "train-online", OnlineConfig)
+    from entropy_po.trainer.online import OnlineTrainer
+    from entropy_po.trainer.rewards import Rewards
+
+    sys.path.insert(0, "")  # as `python -m` has it
+    rewards = Rewards(args.reward_funcs, args.reward_weights)  # a typing error should not wait for a model
+
+    def make(model, args, train_rows, eval_rows, tokenizer):
+        return OnlineTrainer(model, args, train_rows, eval_rows, rewards.functions, tokenizer)
+
+    shown = {"eval reward": "eval_reward", "eval entropy": "eval_entropy"}
+    trainer = _run(sources, args, make, "prompts", shown)
+    if trainer.ascent is not None and trainer.is_world_process_zero():
+        print(f"constraints: {trainer.ascent.verdict()}")
+    return 0
+
+
+def _run(sources: TrainSources, args, make: Callable, items: str, shown: dict[str, str]):
+    """Load, train, save, and print two lines around it; the trainer."""
     from transformers.utils import logging
 
     # The Trainer logs its own bookkeeping at warning level; none of it is a user's to act on.
@@ -97,7 +131,6 @@ def train(argv: list[str]) -> int:
 
     from entropy_po.models import load_model, load_tokenizer
     from entropy_po.trainer.data import load_rows
-    from entropy_po.trainer.preference import PreferenceTrainer
 
     # Data first: a typing error in a path should not wait for a model.
     train_rows = load_rows(sources.train_data, sources.train_split)
@@ -110,29 +143,28 @@ def train(argv: list[str]) -> int:
     logging.disable_progress_bar()  # one bar: that of the steps
     if not args.process_index:
         a, b = args.entropy_objective.policy_coef, args.entropy_objective.ref_coef
-        print(f"{sources.model}: {len(train_rows)} pairs, method {args.method} (a={a:g} on log pi, b={b:g} on log ref)")
-    trainer = PreferenceTrainer(model, args, train_rows, eval_rows, tokenizer)
-    result = trainer.train(_resume(args.resume_from_checkpoint))
+        print(
+            f"{sources.model}: {len(train_rows)} {items}, method {args.method} (a={a:g} on log pi, b={b:g} on log ref)"
+        )
+    trainer = make(model, args, train_rows, eval_rows, tokenizer)
+    metrics = trainer.train(_resume(args.resume_from_checkpoint)).metrics
     trainer.save_model()
-    metrics = result.metrics
     if eval_rows is not None:
         metrics = {**metrics, **trainer.evaluate()}
     if trainer.is_world_process_zero():
-        shown = {"loss": "train_loss", "eval loss": "eval_loss", "eval accuracy": "eval_rewards/accuracies"}
-        numbers = ", ".join(f"{label} {metrics[name]:.4f}" for label, name in shown.items() if name in metrics)
-        print(f"{trainer.state.global_step} steps, {numbers}; model and metrics.jsonl in {args.output_dir}")
-    return 0
+        numbers = [f"{label} {metrics[name]:.4f}" for label, name in shown.items() if name in metrics]
+        steps = ", ".join([f"{trainer.state.global_step} steps", *numbers])
+        print(f"{steps}; model and metrics.jsonl in {args.output_dir}")
+    return trainer
 
 
-def _parse_train(argv: list[str]):
+def _parse_train(argv: list[str], command: str, config_class: type):
     from transformers import HfArgumentParser
 
-    from entropy_po.trainer.config import EntropyPOConfig
-
     parser = HfArgumentParser(
-        (TrainSources, EntropyPOConfig),
-        prog="entropy-po train",
-        usage="entropy-po train [config.yaml] --model NAME --train_data FILE --output_dir FOLDER [--method hdpo ...]",
+        (TrainSources, config_class),
+        prog=f"entropy-po {command}",
+        usage=f"entropy-po {command} [config.yaml] --model NAME --train_data FILE --output_dir FOLDER [--method NAME ...]",
     )
 
     def error(message: str):
@@ -179,6 +211,9 @@ def _defaults_from_yaml(parser, config: str) -> None:
 
 def _resume(value: str | None) -> str | bool | None:
     return value.lower() in ("true", "1") if value and value.lower() in ("true", "false", "0", "1") else value
+
+
+TRAINING = {"train": train, "train-online": train_online}
 
 
 if __name__ == "__main__":

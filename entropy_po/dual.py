@@ -1,8 +1,11 @@
-"""QEMPO and QEMPO-KL on a finite outcome space: the multipliers and the policy that meet (R, K). Source: arXiv 2602.15894."""
+"""The multipliers lam and mu that meet a reward target R and a KL budget K. Source: arXiv 2602.15894.
+
+`solve_dual` finds them exactly on a finite outcome space; `DualAscent` follows them while a policy is trained.
+"""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -172,3 +175,144 @@ def _checked_outcomes(rewards: Tensor, ref_logps: Tensor | None) -> tuple[Tensor
     if not abs(total) <= 1e-4:  # also catches NaN and a reference that is -inf throughout
         raise ValueError(f"ref_logps must be log-probs that sum to one, got log sum {total:g}; apply log_softmax first")
     return r, log_ref - total
+
+
+@dataclass
+class DualAscent:
+    """The multipliers of E r >= R and KL <= K, moved after each batch of samples towards the constraints.
+
+        lam <- lam * exp(lam_step * (R - mean r))                   r below R: lam rises, and with it the weight of r
+        mu  <- mu + mu_step * (mean KL / K - 1), at least 0         KL above K: mu rises, and with it the pull to ref
+
+    These ascend the paper's dual, lam in the coordinate log lam: a = (1 + mu) / lam needs lam > 0, and steps then mean the
+    same at lam = 1 and at lam = 1000. A constraint whose target is None leaves its multiplier where it is.
+
+    Args:
+        lam, mu: where they start; lam > 0, mu >= 0.
+        min_reward: R, or None. max_kl: K > 0 in nats, or None.
+        lam_step: per unit of reward. mu_step: per relative excess of the KL.
+        lam_bounds, mu_bounds: (lowest, highest).
+        warmup: updates that only watch, until the policy has followed the first multipliers.
+        tolerance: how far below R, in units of reward, or above K, relatively, still counts as holding it.
+        window: updates over which the means are taken that `verdict` judges.
+    Raises:
+        ValueError: an argument out of its range.
+    Example:
+        >>> ascent = DualAscent(lam=10.0, min_reward=0.5, lam_step=0.2)
+        >>> ascent.update(reward=0.0)
+        >>> round(ascent.lam, 3)  # 10 * exp(0.1)
+        11.052
+    """
+
+    lam: float
+    mu: float = 0.0
+    min_reward: float | None = None
+    max_kl: float | None = None
+    lam_step: float = 0.1
+    mu_step: float = 0.05
+    lam_bounds: tuple[float, float] = (1e-6, 1e6)
+    mu_bounds: tuple[float, float] = (0.0, 100.0)
+    warmup: int = 0
+    tolerance: float = 0.02
+    window: int = 20
+    updates: int = 0
+    recent: list[tuple[float, float | None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.lam = _real("lam", self.lam, "it multiplies the reward constraint", above=0.0, rule=" > 0")
+        self.mu = _non_negative("mu", self.mu, "it multiplies the KL constraint")
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise ValueError(f"max_kl must be a finite number > 0, got {self.max_kl!r}; it is a budget in nats")
+        for name, value, (low, high) in (("lam", self.lam, self.lam_bounds), ("mu", self.mu, self.mu_bounds)):
+            if not low <= value <= high:
+                raise ValueError(f"{name}={value:g} must lie within its bounds, {low:g} to {high:g}; move it or them")
+
+    @property
+    def objective(self) -> EntropyObjective:
+        """The (a, b) of the multipliers as they are now."""
+        return EntropyObjective.qempo_kl(self.lam, self.mu)
+
+    def update(self, reward: float, kl: float | None = None) -> None:
+        """One step, from the mean reward and KL of a batch of samples; kl is read where there is a budget for it.
+
+        Raises:
+            ValueError: a mean that is not finite, or no kl while `max_kl` is set.
+        """
+        reward = _real("reward", reward, "check the reward functions")
+        if self.max_kl is not None:
+            kl = _real("kl", math.nan if kl is None else kl, "check the policy's and the reference's log-probs")
+        self.updates += 1
+        self.recent = [*self.recent, (reward, kl)][-self.window :]
+        if self.updates <= self.warmup:
+            return
+        if self.min_reward is not None:
+            self.lam = _clip(self.lam * math.exp(self.lam_step * (self.min_reward - reward)), self.lam_bounds)
+        if self.max_kl is not None:
+            self.mu = _clip(self.mu + self.mu_step * (kl / self.max_kl - 1), self.mu_bounds)
+
+    @property
+    def mean_reward(self) -> float:
+        """Over the window; NaN before the first update."""
+        return _mean([reward for reward, _ in self.recent])
+
+    @property
+    def mean_kl(self) -> float:
+        return _mean([kl for _, kl in self.recent if kl is not None])
+
+    @property
+    def reward_held(self) -> bool:
+        """Whether the window's mean reward is R within tolerance, or above it."""
+        return self.min_reward is None or self.mean_reward >= self.min_reward - self.tolerance
+
+    @property
+    def kl_held(self) -> bool:
+        return self.max_kl is None or self.mean_kl <= self.max_kl * (1 + self.tolerance)
+
+    @property
+    def infeasible(self) -> bool:
+        """A full window misses a constraint although its multiplier is at its upper bound."""
+        if len(self.recent) < self.window:
+            return False
+        at_lam, at_mu = self.lam >= self.lam_bounds[1], self.mu >= self.mu_bounds[1]
+        return (at_lam and not self.reward_held) or (at_mu and not self.kl_held)
+
+    def verdict(self) -> str:
+        """One sentence: whether the constraints hold over the window, and what to do where they do not."""
+        parts, remedies = [], []
+        if self.min_reward is not None:
+            parts.append(f"mean reward {self.mean_reward:.4g} {_held(self.reward_held)} R={self.min_reward:.4g}")
+            if not self.reward_held:
+                bound = self.lam >= self.lam_bounds[1]
+                parts[-1] += f" with lam {'at its upper bound ' if bound else 'still rising, now '}{self.lam:.4g}"
+                remedies.append(
+                    "lower min_reward" + (" or raise lam_max" if bound else ", train longer or raise lam_lr")
+                )
+            elif self.mean_reward > self.min_reward + self.tolerance and self.lam > self.lam_bounds[0]:
+                parts[-1] += f" with lam still falling, now {self.lam:.4g}"
+        if self.max_kl is not None:
+            parts.append(f"mean KL {self.mean_kl:.4g} {_held(self.kl_held)} K={self.max_kl:.4g}")
+            if not self.kl_held:
+                remedies.append("raise max_kl, or lower min_reward where both cannot be had")
+        head = "infeasible as it stands: " if self.infeasible else ""
+        return head + ", ".join(parts) + ("; " + "; ".join(remedies) if remedies else "")
+
+    def state(self) -> dict:
+        """What moves, as JSON holds it without loss."""
+        moving = asdict(self)
+        return {name: moving[name] for name in ("lam", "mu", "updates", "recent")}
+
+    def load_state(self, state: dict) -> None:
+        self.lam, self.mu, self.updates = state["lam"], state["mu"], state["updates"]
+        self.recent = [tuple(pair) for pair in state["recent"]]
+
+
+def _clip(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _held(held: bool) -> str:
+    return "meets" if held else "misses"

@@ -5,6 +5,8 @@ projections and model-specific scalings before the head need no case here. What 
 softcap) is read from the configuration. No family is accepted by its name: `check_head` compares numbers.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +127,7 @@ def backbone_hidden_states(
         hook.remove()
     if len(caught) != 1 or caught[0].shape[:2] != input_ids.shape:
         raise ValueError(
-            f"model: the forward of {type(_unwrap(model)).__name__} called its output head {len(caught)} times where "
+            f"model: the forward of {type(unwrap(model)).__name__} called its output head {len(caught)} times where "
             "once over all tokens was expected; this architecture is not supported."
         )
     return caught[0], getattr(outputs, "aux_loss", None)
@@ -147,14 +149,9 @@ def check_head(model: nn.Module, num_tokens: int = 8, tolerance: float | None = 
     """
     head = head_of(model)
     ids = torch.arange(1, num_tokens + 1, device=head.weight.device)[None] % head.weight.shape[0]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluation_mode(model):
         expected = model(input_ids=ids, use_cache=False).logits.float()
         hidden, _ = backbone_hidden_states(model, ids)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     got = head.logits(hidden.to(head.weight.dtype)).float()
     if tolerance is None:
         tolerance = max(1e-4, 4 * torch.finfo(head.weight.dtype).eps)
@@ -163,7 +160,7 @@ def check_head(model: nn.Module, num_tokens: int = 8, tolerance: float | None = 
         error = ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
     if not error <= tolerance:
         raise ValueError(
-            f"model: the logits of {type(_unwrap(model)).__name__} are off by {error:.2g} (relative; at most "
+            f"model: the logits of {type(unwrap(model)).__name__} are off by {error:.2g} (relative; at most "
             f"{tolerance:.2g} allowed) from its head's weight with bias={'yes' if head.bias is not None else 'no'}, "
             f"logit_scale={head.logit_scale:g}, softcap={head.softcap}; this architecture does more after its head "
             "and is not supported."
@@ -171,7 +168,19 @@ def check_head(model: nn.Module, num_tokens: int = 8, tolerance: float | None = 
     return error
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a while; every module's own mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP or DeepSpeed's engine, and PEFT."""
     while isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
         model = model.module
@@ -179,12 +188,12 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _text_config(model: nn.Module):
-    config = _unwrap(model).config
+    config = unwrap(model).config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _head_module(model: nn.Module) -> nn.Module:
-    model = _unwrap(model)
+    model = unwrap(model)
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:
         raise ValueError(

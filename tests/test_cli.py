@@ -84,6 +84,50 @@ def test_train_resumes(flags, tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "out") if "loss" in row] == [1, 2, 3]
 
 
+REWARD = (
+    "def even(completion_ids, **_):\n    return [sum(t % 2 == 0 for t in ids) / len(ids) for ids in completion_ids]\n"
+)
+
+
+@pytest.fixture
+def online_flags(model_folder, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the sky is"}\n{"prompt": "why"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    flags = (
+        f"--model {model_folder} --train_data prompts.jsonl --output_dir out --report_to none --method qempo --lam 50"
+    )
+    flags += " --max_steps 2 --logging_steps 1 --max_completion_length 4 --num_generations 2"
+    return flags.split()
+
+
+def test_train_online_with_a_reward_of_the_users(online_flags, tmp_path, capfd):
+    flags = ["--reward_funcs", "my_rewards:even", "--min_reward", "0.1", "--dual_tolerance", "1"]
+    assert cli.main(["train-online", *online_flags, *flags, "--eval_data", "prompts.jsonl"]) == 0
+    out, err = capfd.readouterr()
+    assert "2 prompts, method qempo (a=0.02 on log pi, b=0 on log ref)" in out and "2 steps, eval reward" in out
+    assert "constraints: mean reward" in out and "meets R=0.1" in out and "Warning" not in err
+    assert "rewards/even" in rows_of(tmp_path / "out")[0]
+    assert json.loads((tmp_path / "out" / "dual.json").read_text())["updates"] == 2
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "reward_funcs is empty"),
+        (["--reward_funcs", "my_rewards:odd"], "module my_rewards has no odd"),
+        (["--reward_funcs", "my_rewards:even", "--generation", "vllm"], "needs the package vllm"),
+        (["--reward_funcs", "my_rewards:even", "--beta", "1"], "beta=1 is not read by method='qempo'"),
+    ],
+)
+def test_online_errors_are_one_line(extra, message, online_flags, capsys):
+    assert cli.main(["train-online", *online_flags, *extra, "--disable_tqdm", "true"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("entropy-po train-online: ") and message in err and err.count("\n") == 1, err
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -143,12 +187,12 @@ def test_commands_are_handed_their_arguments_and_status(monkeypatch):
 
     seen = []
     for name, (module, _) in cli.COMMANDS.items():
-        if name != "train":
+        if name not in cli.TRAINING:
             stub = types.ModuleType(module)
             stub.main = lambda argv, name=name: seen.append((name, argv)) or 3
             monkeypatch.setitem(sys.modules, module, stub)
             assert cli.main([name, "--flag", "x"]) == 3
-    assert seen == [(name, ["--flag", "x"]) for name in cli.COMMANDS if name != "train"]
+    assert seen == [(name, ["--flag", "x"]) for name in cli.COMMANDS if name not in cli.TRAINING]
 
 
 def test_help_imports_nothing_heavy():

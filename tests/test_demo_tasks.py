@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 import entropy_po.demo
-from entropy_po.demo.tasks import KINDS, Constraint, Task, heldout_tasks, quality, train_tasks
+from entropy_po.demo.tasks import (
+    KINDS,
+    Constraint,
+    Task,
+    constraints_met,
+    heldout_tasks,
+    prompt_rows,
+    quality,
+    train_tasks,
+)
 
 # kind -> (arguments, answers that meet it, answers that do not)
 CASES = {
@@ -164,3 +173,14 @@ def test_length_says_little_about_which_answer_is_chosen(name):
     assert abs(chosen - rejected) < 0.15 * rejected
     longer = sum(a > b for a, b in lengths) / sum(a != b for a, b in lengths)
     assert 0.35 < longer < 0.65
+
+
+def test_the_reward_of_a_row_is_the_quality_of_its_task():
+    tasks, text = train_tasks(200), "Sometimes the blue moon, always quiet!\nthe end."
+    rows = json.loads(json.dumps(prompt_rows(tasks)))  # as a file holds them
+    assert rows[0]["prompt"] == [{"role": "user", "content": tasks[0].prompt}]
+    constraints = [row["constraints"] for row in rows]
+    expected = [quality(task, text) for task in tasks]
+    assert constraints_met([text] * len(rows), constraints) == expected and len(set(expected)) > 1
+    messages = [[{"role": "assistant", "content": text}]] * len(rows)
+    assert constraints_met(messages, constraints, prompts=None) == expected

@@ -1,14 +1,24 @@
 """Evaluation: diversity by hand, intervals, and samples and entropies against plain torch."""
 
+import itertools
 import json
 import math
+import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from entropy_po.evaluation.metrics import bootstrap_interval, distinct_n, distinct_n_per_prompt, paired_interval
+from entropy_po.evaluation.metrics import (
+    bootstrap_interval,
+    distinct_n,
+    distinct_n_per_prompt,
+    expectation_adjusted_distinct_n,
+    paired_interval,
+    pass_at_k,
+    self_bleu,
+)
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
@@ -174,6 +184,9 @@ def test_evaluation_adds_up(model, tokenizer):
     totals = [e * n for e, n in zip(evaluation.entropy_by_prompt, evaluation.draws_by_prompt, strict=True)]
     assert evaluation.entropy_per_token == pytest.approx(sum(totals) / sum(evaluation.draws_by_prompt))
     assert evaluation.mean_length + evaluation.finished == pytest.approx(sum(evaluation.draws_by_prompt) / 12)
+    assert evaluation.pass_at == {1: pytest.approx(1 / 3), 2: pytest.approx(1 / 3), 4: pytest.approx(1 / 3)}
+    eads = [expectation_adjusted_distinct_n(group, len(tokenizer), 2) for group in texts]
+    assert evaluation.ead_2_per_prompt == pytest.approx(sum(eads) / 3)
     json.dumps(evaluation.row())
     with pytest.raises(ValueError, match="prompts is empty"):
         evaluate(model, tokenizer, [])
@@ -205,7 +218,53 @@ def test_accuracy_by_hand():
     assert accuracy(logps, torch.tensor([[-2.0, -2.0], [-9.0, -2.0], [-1.0, -2.0]])) == pytest.approx(2 / 3)
 
 
+# ---- metrics of answers ----
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_answer():
+    for n, c in ((6, 0), (6, 2), (7, 5), (5, 5)):
+        flags = [True] * c + [False] * (n - c)
+        for k in range(1, n + 1):
+            draws = [any(draw) for draw in itertools.combinations(flags, k)]
+            assert pass_at_k(n, c, k) == pytest.approx(sum(draws) / len(draws), abs=1e-12)
+    for wrong in ((4, 1, 0), (4, 1, 5), (4, 5, 1)):
+        with pytest.raises(ValueError, match="1 <= k <= num_samples"):
+            pass_at_k(*wrong)
+
+
+def test_ead_does_not_fall_with_the_amount_of_text():
+    rng = random.Random(3)
+    texts = [" ".join(str(rng.randrange(50)) for _ in range(20)) for _ in range(40)]
+    few, many = texts[:2], texts
+    assert distinct_n(many, 1) < 0.2 * distinct_n(few, 1)
+    assert expectation_adjusted_distinct_n(few, 50) == pytest.approx(1.0, abs=0.15)
+    assert expectation_adjusted_distinct_n(many, 50) == pytest.approx(1.0, abs=0.01)
+    assert expectation_adjusted_distinct_n([""], 50) == 0.0
+
+
+def test_self_bleu_is_one_for_equal_texts_and_small_for_others():
+    pytest.importorskip("sacrebleu")
+    assert self_bleu(["the sky is blue today"] * 3) == pytest.approx(1.0)
+    assert self_bleu(["the sky is blue today", "a cat sat on my mat"]) < 0.1
+
+
+def test_self_bleu_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    with pytest.raises(ImportError, match="pip install sacrebleu"):
+        self_bleu(["a", "b"])
+    with pytest.raises(ValueError, match="two or more"):
+        self_bleu(["a"])
+
+
 # ---- command line ----
+
+
+def test_several_temperatures_are_several_rows(folder, tmp_path):
+    flags = ["--limit", "2", "--samples", "2", "--max_new_tokens", "3", "--temperature", "0.5", "1"]
+    assert cli.main(["--model", str(folder), *flags, "--output_dir", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
+    assert list(rows) == [f"{folder}, T=0.5", f"{folder}, T=1"]
+    assert [row["temperature"] for row in rows.values()] == [0.5, 1.0] and "1" in rows[f"{folder}, T=1"]["pass_at"]
 
 
 @pytest.fixture
@@ -227,7 +286,7 @@ def test_command_on_prompts(folder, tmp_path, capsys):
     assert [len(row["answers"]) for row in report["answers"][str(folder)]] == [2, 2, 2]
     table = (out / "evaluation.md").read_text()
     assert table in capsys.readouterr().out
-    assert {line.count("|") for line in table.splitlines()} == {9}
+    assert {line.count("|") for line in table.splitlines()} == {13}
     assert not (out / "quality-diversity.png").exists()
 
 

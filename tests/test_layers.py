@@ -12,6 +12,7 @@ LAYERS = {
     "plan": 0,
     "objective": 0,
     "dual": 0,
+    "policy_gradient": 0,
     "testing": 0,
     "reference": 1,
     "kernels": 1,

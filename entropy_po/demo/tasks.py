@@ -6,13 +6,17 @@ preference pairs and a reward can be had without a judge. Nothing is stored: the
 
     train, heldout = train_tasks(), heldout_tasks()  # no (topic, kind of constraint) occurs in both
     quality(train[0], "Tea is a drink.")  # fraction of its constraints met
+
+`python -m entropy_po.demo.tasks > prompts.jsonl` writes the training tasks as prompts for `entropy-po train-online`, whose
+reward is `--reward_funcs entropy_po.demo.tasks:constraints_met`.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
 
@@ -265,6 +269,32 @@ def quality(task: Task, text: str) -> float:
     return sum(constraint.met(text) for constraint in task.constraints) / len(task.constraints)
 
 
+def prompt_rows(tasks: Iterable[Task]) -> list[dict]:
+    """The tasks as rows for online training: a chat prompt, and the constraints that `constraints_met` reads."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": task.prompt}],
+            "constraints": [[constraint.kind, list(constraint.args)] for constraint in task.constraints],
+        }
+        for task in tasks
+    ]
+
+
+def constraints_met(completions: Sequence, constraints: Sequence, **_) -> list[float]:
+    """`quality` of every answer, as a reward function of `OnlineTrainer` (and of TRL): "entropy_po.demo.tasks:constraints_met".
+
+    Args:
+        completions: texts, or lists with one assistant message.
+        constraints: of each answer's prompt, as in `prompt_rows`.
+    """
+    rewards = []
+    for completion, given in zip(completions, constraints, strict=True):
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        task = Task("", tuple(Constraint(kind, tuple(args)) for kind, args in given), "")
+        rewards.append(quality(task, text))
+    return rewards
+
+
 def train_tasks(count: int = 512, seed: int = 0) -> list[Task]:
     """The first `count` training tasks of a seed; prompts are distinct, neighbours have different topics.
 
@@ -300,3 +330,8 @@ def _topic_tasks(topic: str, word: str, seed: int, heldout: bool) -> list[Task]:
         sentences = [rng.choice(OPENINGS).format(topic), *(constraint.instruction for constraint in constraints)]
         tasks.append(Task(" ".join(sentences), constraints, topic))
     return tasks
+
+
+if __name__ == "__main__":
+    for row in prompt_rows(train_tasks()):
+        print(json.dumps(row))

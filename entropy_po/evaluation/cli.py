@@ -16,14 +16,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--limit", type=int, help="use only the first prompts")
     add("--pairs", help="preference pairs, as for training: share of them ranked right by log-prob")
     add("--samples", type=int, default=4, help="answers per prompt (default 4)")
-    add("--temperature", type=float, default=1.0, help="of the sampling (default 1)")
+    add("--temperature", type=float, nargs="+", default=[1.0], help="of the sampling, one or several (default 1)")
     add("--max_new_tokens", type=int, default=64, help="longest answer (default 64)")
     add("--seed", type=int, default=0)
     add("--dtype", default="bfloat16", help="type of the weights (default bfloat16)")
     add("--output_dir", type=Path, default=Path("evaluation"))
     arguments = parser.parse_args(argv)
-    for name in ("samples", "temperature", "max_new_tokens", "limit"):
-        value = getattr(arguments, name)
+    given = [("temperature", value) for value in arguments.temperature]
+    given += [(name, getattr(arguments, name)) for name in ("samples", "max_new_tokens", "limit")]
+    for name, value in given:
         if value is not None and not value > 0:
             raise ValueError(f"--{name}={value} must be > 0; {_REMEDIES[name]}.")
     prompts, score = prompts_and_score(arguments.prompts, arguments.limit)
@@ -37,21 +38,22 @@ def main(argv: list[str] | None = None) -> int:
     rows, answers = {}, {}
     for name in dict.fromkeys(arguments.model):
         model, tokenizer = load_model(name, dtype=arguments.dtype), load_tokenizer(name)
-        evaluation, texts = evaluate(
-            model,
-            tokenizer,
-            prompts,
-            quality=score,
-            answers_per_prompt=arguments.samples,
-            temperature=arguments.temperature,
-            max_new_tokens=arguments.max_new_tokens,
-            seed=arguments.seed,
-            label=name,
-        )
-        rows[name] = {**evaluation.row(), "pair_accuracy": None}
-        if pairs is not None:
-            rows[name]["pair_accuracy"] = accuracy(pair_logps(model, tokenizer, pairs))
-        answers[name] = [{"prompt": p, "answers": a} for p, a in zip(prompts, texts, strict=True)]
+        ranked = None if pairs is None else accuracy(pair_logps(model, tokenizer, pairs))
+        for temperature in dict.fromkeys(arguments.temperature):
+            row = name if len(arguments.temperature) == 1 else f"{name}, T={temperature:g}"
+            evaluation, texts = evaluate(
+                model,
+                tokenizer,
+                prompts,
+                quality=score,
+                answers_per_prompt=arguments.samples,
+                temperature=temperature,
+                max_new_tokens=arguments.max_new_tokens,
+                seed=arguments.seed,
+                label=row,
+            )
+            rows[row] = {**evaluation.row(), "pair_accuracy": ranked}
+            answers[row] = [{"prompt": p, "answers": a} for p, a in zip(prompts, texts, strict=True)]
     folder = arguments.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps({"rows": rows, "answers": answers}, indent=1) + "\n")
@@ -112,19 +114,28 @@ def prompts_and_score(path: Path | None, limit: int | None):
 def markdown(rows: dict[str, dict]) -> str:
     """The evaluations as a Markdown table, 95 % intervals in brackets."""
     lines = [
-        "| model | quality | pairs ranked right | entropy, nats/token | distinct-2 | distinct-2 within a prompt "
-        "| length, tokens | finished |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | quality | all met, 1 answer | all met, best of k | pairs ranked right | entropy, nats/token | distinct-2 "
+        "| distinct-2 within a prompt | EAD-2 within a prompt | self-BLEU within a prompt | length, tokens | finished |",
+        "|---|" + "---|" * 11,
     ]
     for name, row in rows.items():
-        quality, pairs = "-", "-"
+        quality, one, best, pairs, bleu = "-", "-", "-", "-", "-"
+        if row["self_bleu_per_prompt"] is not None:
+            bleu = f"{row['self_bleu_per_prompt']:.3f}"
+        if row["pass_at"]:
+            ks = sorted(row["pass_at"])
+            one, best = (
+                "{:.3f} [{:.2f}, {:.2f}]".format(row["pass_at"][k], *row["pass_at_interval"][k])
+                for k in (ks[0], ks[-1])
+            )
+            best += f" (k={ks[-1]})"
         if row["quality"] is not None:
             quality = "{:.3f} [{:.2f}, {:.2f}]".format(row["quality"], *row["quality_interval"])
         if row["pair_accuracy"] is not None:
             pairs = f"{row['pair_accuracy']:.2f}"
         entropy = "{:.3f} [{:.2f}, {:.2f}]".format(row["entropy_per_token"], *row["entropy_interval"])
         lines.append(
-            f"| {name} | {quality} | {pairs} | {entropy} | {row['distinct_2']:.3f} | "
-            f"{row['distinct_2_per_prompt']:.3f} | {row['mean_length']:.1f} | {row['finished']:.2f} |"
+            f"| {name} | {quality} | {one} | {best} | {pairs} | {entropy} | {row['distinct_2']:.3f} | "
+            f"{row['distinct_2_per_prompt']:.3f} | {row['ead_2_per_prompt']:.3f} | {bleu} | {row['mean_length']:.1f} | {row['finished']:.2f} |"
         )
     return "\n".join(lines) + "\n"

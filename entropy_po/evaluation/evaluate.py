@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from tqdm.auto import tqdm
 
-from entropy_po.evaluation.metrics import bootstrap_interval, distinct_n, distinct_n_per_prompt
+from entropy_po.evaluation.metrics import (
+    bootstrap_interval,
+    distinct_n,
+    distinct_n_per_prompt,
+    expectation_adjusted_distinct_n,
+    pass_at_k,
+    self_bleu,
+)
 from entropy_po.evaluation.sampling import MAX_NEW_TOKENS, sample_answers
 
 PROMPTS_PER_BATCH = 16
@@ -28,6 +36,13 @@ class Evaluation:
     distinct_2_per_prompt: float
     mean_length: float
     finished: float  # share of answers that ended by themselves
+    ead_2_per_prompt: (
+        float  # expectation-adjusted distinct-2 among a prompt's own answers, V the tokenizer's vocabulary
+    )
+    self_bleu_per_prompt: float | None  # None for one answer a prompt, or without sacrebleu
+    # Chance that one of k answers has quality 1, by k = 1, 2, 4 ... ; None where the prompts come without a check.
+    pass_at: dict[int, float] | None
+    pass_at_interval: dict[int, tuple[float, float]] | None
     # One number a prompt, for paired comparisons of models on the same prompts.
     quality_by_prompt: tuple[float, ...] | None
     entropy_by_prompt: tuple[float, ...]  # nats per token drawn
@@ -83,9 +98,13 @@ def evaluate(
     answers = [answer for group in groups for answer in group]
     draws = [sum(answer.num_draws for answer in group) for group in groups]
     entropies = [sum(a.entropy for a in group) / n for group, n in zip(groups, draws, strict=True)]
-    scores = None
+    scores, passes = None, None
     if quality is not None:
-        scores = [sum(quality(i, text) for text in group) / len(group) for i, group in enumerate(texts)]
+        each = [[quality(i, text) for text in group] for i, group in enumerate(texts)]
+        scores = [sum(group) / len(group) for group in each]
+        right = [sum(score >= 1 for score in group) for group in each]
+        ks = [2**i for i in range(answers_per_prompt.bit_length())]
+        passes = {k: [pass_at_k(answers_per_prompt, c, k) for c in right] for k in ks}
     evaluation = Evaluation(
         num_prompts=len(prompts),
         answers_per_prompt=answers_per_prompt,
@@ -98,8 +117,18 @@ def evaluate(
         distinct_2_per_prompt=distinct_n_per_prompt(texts),
         mean_length=sum(answer.num_tokens for answer in answers) / len(answers),
         finished=sum(answer.finished for answer in answers) / len(answers),
+        ead_2_per_prompt=sum(expectation_adjusted_distinct_n(group, len(tokenizer), 2) for group in texts) / len(texts),
+        self_bleu_per_prompt=_self_bleu(texts),
+        pass_at={k: sum(values) / len(values) for k, values in passes.items()} if passes else None,
+        pass_at_interval={k: bootstrap_interval(values) for k, values in passes.items()} if passes else None,
         quality_by_prompt=tuple(scores) if scores else None,
         entropy_by_prompt=tuple(entropies),
         draws_by_prompt=tuple(draws),
     )
     return evaluation, texts
+
+
+def _self_bleu(texts: list[list[str]]) -> float | None:
+    if len(texts[0]) < 2 or importlib.util.find_spec("sacrebleu") is None:
+        return None
+    return sum(self_bleu(group) for group in texts) / len(texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import comb, expm1, log1p
 
 import torch
 from torch import Tensor
@@ -16,16 +17,83 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     >>> distinct_n(["a b a b", "a b"])  # a b, b a, a b, a b
     0.5
     """
+    grams = _ngrams(texts, n)
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _ngrams(texts: Sequence[str], n: int) -> list[tuple[str, ...]]:
     grams = []
     for text in texts:
         words = text.lower().split()
         grams += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    return grams
 
 
 def distinct_n_per_prompt(answers: Sequence[Sequence[str]], n: int = 2) -> float:
     """Mean over prompts of `distinct_n` among a prompt's own answers: do they differ from one another?"""
     return sum(distinct_n(texts, n) for texts in answers) / max(len(answers), 1)
+
+
+def expectation_adjusted_distinct_n(texts: Sequence[str], num_types: int, n: int = 1) -> float:
+    """Different n-grams over how many there would be if each of the C n-grams were drawn uniformly from V,
+
+        EAD = different / (V * (1 - ((V - 1) / V)^C))
+
+    so that, unlike `distinct_n`, it does not fall merely because there is more text.
+
+    Args:
+        num_types: V > 1, of the possible n-grams; the source and its users take the vocabulary's size for every n.
+    Returns:
+        0 where there is no n-gram; above 1 where the texts are more varied than uniform draws.
+    Example:
+        >>> expectation_adjusted_distinct_n(["a b"], num_types=2)  # 2 / (2 * (1 - 1/4))
+        1.3333333333333333
+
+    Source: arXiv 2202.13587.
+    """
+    grams = _ngrams(texts, n)
+    expected = -num_types * expm1(len(grams) * log1p(-1.0 / num_types))
+    return len(set(grams)) / expected if grams else 0.0
+
+
+def self_bleu(texts: Sequence[str]) -> float:
+    """Mean BLEU, 0 to 1, of every text against the others, by sacrebleu with its standard settings; low: varied.
+
+    Raises:
+        ValueError: fewer than two texts. ImportError: sacrebleu is not installed.
+    """
+    if len(texts) < 2:
+        raise ValueError(f"texts must be two or more, got {len(texts)}; each is compared with the others.")
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise ImportError("self_bleu needs the package sacrebleu: pip install sacrebleu") from error
+    bleu = BLEU(effective_order=True)  # short texts have no 4-grams
+    scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)]
+    return sum(scores) / len(scores) / 100
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k answers is right, from n >= k samples of which c are: no more, no less
+    than the share of the n-choose-k draws without replacement that hold a right one,
+
+        1 - C(n - c, k) / C(n, k)
+
+    Args:
+        num_samples: n. num_right: c, 0 to n. k: 1 to n.
+    Raises:
+        ValueError: k or c out of its range.
+    Example:
+        >>> pass_at_k(num_samples=4, num_right=1, k=2)
+        0.5
+
+    Source: arXiv 2107.03374.
+    """
+    if not (1 <= k <= num_samples and 0 <= num_right <= num_samples):
+        raise ValueError(
+            f"expected 1 <= k <= num_samples and 0 <= num_right <= num_samples, got {k=}, {num_samples=}, {num_right=}."
+        )
+    return 1.0 - comb(num_samples - num_right, k) / comb(num_samples, k)
 
 
 def bootstrap_interval(

@@ -64,7 +64,7 @@ def sample_answers(
         )
     device = model.device
     generator = torch.Generator().manual_seed(seed)
-    ends = torch.tensor(_end_tokens(model, tokenizer), device=device)
+    ends = torch.tensor(end_tokens(model, tokenizer), device=device)
     inputs = _left_padded(tokenizer, prompts).to(device)
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -116,7 +116,7 @@ def _left_padded(tokenizer, prompts: Sequence[str]):
     )  # fmt: skip
 
 
-def _end_tokens(model, tokenizer) -> list[int]:
+def end_tokens(model, tokenizer) -> list[int]:
     """Chat models name further tokens that end an answer in their generation settings."""
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = [] if listed is None else listed if isinstance(listed, list) else [listed]

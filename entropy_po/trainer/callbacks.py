@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 METRICS_FILE = "metrics.jsonl"
-_SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "entropy": "entropy"}
+_SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "reward": "reward"}
+_SHOWN |= {"entropy": "entropy", "lam": "lam"}
 
 
 class MetricsFile(TrainerCallback):

@@ -1,12 +1,16 @@
-"""Arguments of preference training: transformers' TrainingArguments plus the objective, the data and LoRA."""
+"""Arguments of training: transformers' TrainingArguments plus the objective, the head, LoRA, and each trainer's own."""
 
 import importlib.util
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
 
+from entropy_po.dual import DualAscent
 from entropy_po.objective import LOSSES, EntropyObjective
 from entropy_po.plan import STRATEGIES
 
@@ -18,6 +22,9 @@ METHODS: dict[str, dict[str, float | None]] = {
     "qempo": {"lam": None},
     "qempo_kl": {"lam": None, "mu": None},
 }
+# Online, the objective with a = b = beta has another name.
+ONLINE_METHODS = {"rlhf" if name == "dpo" else name: arguments for name, arguments in METHODS.items()}
+ESTIMATORS = ("sequence", "token", "bonus")
 _COEFFICIENTS = ("beta", "alpha", "alpha_s", "beta_s", "lam", "mu")
 
 
@@ -26,40 +33,31 @@ def _arg(default, text: str):
 
 
 @dataclass
-class EntropyPOConfig(TrainingArguments):
-    """Arguments of `PreferenceTrainer`; everything in transformers.TrainingArguments is there too.
+class TrainingConfig(TrainingArguments):
+    """What `EntropyPOConfig` and `OnlineConfig` share; everything in transformers.TrainingArguments is there too.
 
-    Batch sizes count pairs. Differences in defaults: `learning_rate` 1e-6 (2e-5 with `lora_r`), `logging_steps` 10,
-    `per_device_train_batch_size` 4, `report_to` tensorboard where it is installed, `bf16` where the accelerator has
-    it, and the CPU is used without further flags where there is no accelerator.
+    Differences in defaults: `learning_rate` 1e-6 (2e-5 with `lora_r`), `logging_steps` 10, `per_device_train_batch_size`
+    4, `report_to` tensorboard where it is installed, `bf16` where the accelerator has it, and the CPU is used without
+    further flags where there is no accelerator.
 
     Raises:
         ValueError: an argument out of its range, or one that the method does not read; the message names it.
-    Example:
-        >>> EntropyPOConfig(output_dir="out", method="hdpo", beta=0.1, alpha=0.8).entropy_objective
-        EntropyObjective(policy_coef=0.08000000000000002, ref_coef=0.1)
     """
 
-    method: str = _arg("hdpo", "hdpo, dpo, spl, qempo or qempo_kl.")
-    beta: float | None = _arg(None, "hdpo, dpo: weight on log ref, > 0 (default 0.1).")
+    methods: ClassVar[dict[str, dict[str, float | None]]] = METHODS
+
+    method: str = _arg("hdpo", "hdpo, dpo (online: rlhf), spl, qempo or qempo_kl.")
+    beta: float | None = _arg(None, "hdpo, dpo, rlhf: weight on log ref, > 0 (default 0.1).")
     alpha: float | None = _arg(None, "hdpo: below 1 sharpens, 1 is DPO, above 1 flattens, > 0 (default 0.9).")
     alpha_s: float | None = _arg(None, "spl: weight of the entropy, > 0.")
     beta_s: float | None = _arg(None, "spl: weight of the cross-entropy to the reference, >= 0.")
-    lam: float | None = _arg(None, "qempo, qempo_kl: multiplier of the reward constraint, > 0.")
-    mu: float | None = _arg(None, "qempo_kl: multiplier of the KL constraint, >= 0.")
-    loss: str = _arg("sigmoid", "Pair loss: sigmoid, robust, ipo or hinge.")
-    label_smoothing: float = _arg(0.0, "Assumed share of swapped pairs, 0 to 0.5; sigmoid and robust only.")
-    nll_coef: float = _arg(0.0, "Weight of the chosen answer's mean negative log-probability per token; 0: the papers.")
+    lam: float | None = _arg(None, "qempo, qempo_kl: multiplier of the reward constraint, > 0; online, its start.")
+    mu: float | None = _arg(None, "qempo_kl: multiplier of the KL constraint, >= 0; online, its start.")
     temperature: float = _arg(1.0, "Divides the logits of policy and reference alike.")
 
-    max_length: int = _arg(1024, "Longest prompt plus answer, in tokens.")
     max_prompt_length: int | None = _arg(None, "Longest prompt in tokens; of a longer one the end is kept.")
-    truncation_mode: str = _arg("keep_start", "What stays of a sequence over max_length: keep_start or keep_end.")
-    on_overlong: str = _arg("error", "Pairs whose answers do not survive max_length: error, or drop (counted).")
-
     workspace_bytes: int | None = _arg(None, "Bound on the head's working memory in bytes; None: the device's default.")
-    strategy: str = _arg("auto", "How the head's gradients are made: auto, resident, deferred or recompute.")
-    ref_cache_dir: str | None = _arg(None, "Folder of reference log-probs; default output_dir/reference_logps.")
+    strategy: str = _arg("auto", "How the head's gradients are made: auto, resident, deferred (pairs) or recompute.")
     disable_dropout: bool = _arg(True, "Switch the model's own dropout off, so that policy and reference start equal.")
     check_head: bool = _arg(True, "Compare the head with the model's own logits on a few tokens before training.")
 
@@ -71,8 +69,8 @@ class EntropyPOConfig(TrainingArguments):
     )
 
     learning_rate: float | None = _arg(None, "Peak learning rate; default 1e-6, with lora_r 2e-5.")
-    per_device_train_batch_size: int = _arg(4, "Pairs per device and forward.")
-    per_device_eval_batch_size: int = _arg(4, "Pairs per device in evaluation and in the reference pass.")
+    per_device_train_batch_size: int = _arg(4, "Pairs, or prompts, per device and forward.")
+    per_device_eval_batch_size: int = _arg(4, "The same in evaluation and in the reference pass.")
     logging_steps: float = _arg(10, "Steps between two rows of metrics.")
     bf16: bool | None = _arg(None, "Mixed precision in bf16; default: yes on an accelerator that has it, no on a CPU.")
     # HfArgumentParser reads this union in the parent's order only.
@@ -100,12 +98,12 @@ class EntropyPOConfig(TrainingArguments):
     @property
     def entropy_objective(self) -> EntropyObjective:
         """The (a, b) objective that method and coefficients name."""
-        coefficients = {name: getattr(self, name) for name in METHODS[self.method]}
-        return getattr(EntropyObjective, self.method)(**coefficients)
+        coefficients = {name: getattr(self, name) for name in self.methods[self.method]}
+        return getattr(EntropyObjective, "dpo" if self.method == "rlhf" else self.method)(**coefficients)
 
     def _check_method(self) -> None:
-        _check_choice("method", self.method, tuple(METHODS))
-        defaults = METHODS[self.method]
+        _check_choice("method", self.method, tuple(self.methods))
+        defaults = self.methods[self.method]
         for name in _COEFFICIENTS:
             value = getattr(self, name)
             if name not in defaults and value is not None:
@@ -119,29 +117,196 @@ class EntropyPOConfig(TrainingArguments):
                 setattr(self, name, defaults[name])
 
     def _check_ranges(self) -> None:
-        _check_choice("loss", self.loss, LOSSES)
         _check_choice("strategy", self.strategy, STRATEGIES)
+        _check_number("temperature", self.temperature, 0, "1 leaves the logits as they are", strict=True)
+        if self.max_prompt_length is not None:
+            _check_number("max_prompt_length", self.max_prompt_length, 1, "leave it out for no limit of its own")
+        if self.lora_r is not None:
+            _check_number("lora_r", self.lora_r, 1, "leave it out to train the whole model")
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor:g} smooths token labels, which these losses have none "
+                "of; for swapped pairs EntropyPOConfig has label_smoothing."
+            )
+
+
+@dataclass
+class EntropyPOConfig(TrainingConfig):
+    """Arguments of `PreferenceTrainer`, beside those of `TrainingConfig`. Batch sizes count pairs.
+
+    Raises:
+        ValueError: an argument out of its range, or one that the method does not read; the message names it.
+    Example:
+        >>> EntropyPOConfig(output_dir="out", method="hdpo", beta=0.1, alpha=0.8).entropy_objective
+        EntropyObjective(policy_coef=0.08000000000000002, ref_coef=0.1)
+    """
+
+    loss: str = _arg("sigmoid", "Pair loss: sigmoid, robust, ipo or hinge.")
+    label_smoothing: float = _arg(0.0, "Assumed share of swapped pairs, 0 to 0.5; sigmoid and robust only.")
+    nll_coef: float = _arg(0.0, "Weight of the chosen answer's mean negative log-probability per token; 0: the papers.")
+
+    max_length: int = _arg(1024, "Longest prompt plus answer, in tokens.")
+    truncation_mode: str = _arg("keep_start", "What stays of a sequence over max_length: keep_start or keep_end.")
+    on_overlong: str = _arg("error", "Pairs whose answers do not survive max_length: error, or drop (counted).")
+    ref_cache_dir: str | None = _arg(None, "Folder of reference log-probs; default output_dir/reference_logps.")
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        _check_choice("loss", self.loss, LOSSES)
         _check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
         _check_choice("on_overlong", self.on_overlong, ("error", "drop"))
         _check_number("nll_coef", self.nll_coef, 0, "0 is the paper's loss")
-        _check_number("temperature", self.temperature, 0, "1 leaves the logits as they are", strict=True)
         _check_number("max_length", self.max_length, 2, "it counts prompt and answer tokens")
-        if self.max_prompt_length is not None:
-            _check_number("max_prompt_length", self.max_prompt_length, 1, "leave it out for no limit of its own")
-            if self.max_prompt_length >= self.max_length:
-                raise ValueError(
-                    f"max_prompt_length={self.max_prompt_length} leaves no room for an answer in "
-                    f"max_length={self.max_length}; lower it or raise max_length."
-                )
-        if self.lora_r is not None:
-            _check_number("lora_r", self.lora_r, 1, "leave it out to train the whole model")
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for an answer in "
+                f"max_length={self.max_length}; lower it or raise max_length."
+            )
         # A margin of zero has a loss like any other: this checks the pair of arguments, not a value.
         EntropyObjective.dpo(1.0).pair_loss(torch.zeros(1), self.loss, self.label_smoothing)
-        if self.label_smoothing_factor != 0:
+
+
+@dataclass
+class OnlineConfig(TrainingConfig):
+    """Arguments of `OnlineTrainer`, beside those of `TrainingConfig`. Batch sizes count prompts, `num_generations` answers
+    each.
+
+    The method and its coefficients name an objective (a, b), as offline; `rlhf` is a = b = beta. With qempo and qempo_kl
+    `lam` and `mu` are where dual ascent starts if `min_reward` and `max_kl` are given; without, they stay.
+
+    With `relative_to`, the folder of an earlier run with metrics.jsonl, R and K are counted from what that run's last third
+    measured: R = its reward + min_reward, K = its KL * max_kl. At exactly RLHF's own R and K (0 and 1) RLHF is the only
+    feasible policy and the multipliers diverge: entropy is bought with reward or KL.
+
+    Raises:
+        ValueError: an argument out of its range, or one that the method does not read; the message names it.
+    Example:
+        >>> args = OnlineConfig(output_dir="out", method="qempo", lam=100.0, min_reward=0.7)
+        >>> args.dual_ascent().min_reward
+        0.7
+    """
+
+    methods: ClassVar[dict[str, dict[str, float | None]]] = ONLINE_METHODS
+
+    method: str = _arg("qempo", "qempo, qempo_kl, rlhf, hdpo or spl.")
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions as module:name, called as TRL calls its own: prompts, completions, columns."
+        },
+    )
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "Their weights; default 1 each."})
+
+    min_reward: float | None = _arg(None, "qempo, qempo_kl: R, the mean reward to reach; moves lam. None: lam stays.")
+    max_kl: float | None = _arg(None, "qempo_kl: K, the KL budget in nats per answer; moves mu. None: mu stays.")
+    relative_to: str | None = _arg(None, "Folder of a measured run: R is its reward + min_reward, K its KL * max_kl.")
+    lam_lr: float = _arg(0.1, "Step of log lam per batch of samples and unit of reward.")
+    mu_lr: float = _arg(0.05, "Step of mu per batch of samples and relative excess of the KL.")
+    lam_min: float | None = _arg(None, "Lower bound of lam; default lam / 1000.")
+    lam_max: float | None = _arg(None, "Upper bound of lam; default lam * 1000.")
+    mu_max: float = _arg(100.0, "Upper bound of mu.")
+    dual_warmup: int = _arg(5, "Batches of samples before lam and mu move.")
+    dual_tolerance: float = _arg(0.02, "Below R in reward, or above K relatively, what still counts as holding it.")
+
+    num_generations: int = _arg(8, "Answers per prompt, >= 2.")
+    num_iterations: int = _arg(1, "Optimiser steps on each batch of samples.")
+    epsilon: float = _arg(0.2, "How far down the probability ratio may go before its gradient stops.")
+    epsilon_high: float | None = _arg(None, "How far up; default epsilon.")
+    importance_sampling_level: str = _arg("token", "Ratios of tokens, or of whole answers: token or sequence.")
+    estimator: str = _arg(
+        "sequence",
+        "Of the entropy's gradient: sequence (from log-probs; its noise vanishes at the optimum), token (analytic entropy and "
+        "reward-to-go; unbiased too) or bonus (analytic alone: biased, blind to the entropy of later tokens).",
+    )
+    report_kl: bool = _arg(False, "Measure the KL to the start also where the method needs no reference.")
+
+    max_completion_length: int = _arg(256, "Longest answer in tokens, the end-of-sequence token included.")
+    generation: str = _arg("transformers", "What samples: transformers, or vllm where it is installed.")
+    generation_batch_size: int | None = _arg(None, "Answers sampled at a time; default all of a step's.")
+    vllm_gpu_memory_utilization: float = _arg(0.3, "Share of the GPU's memory for vllm.")
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        _check_choice("estimator", self.estimator, ESTIMATORS)
+        _check_choice("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
+        _check_choice("generation", self.generation, ("transformers", "vllm"))
+        _check_choice("strategy", self.strategy, ("auto", "resident", "recompute"))
+        if self.importance_sampling_level == "sequence" and self.estimator != "sequence":
             raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor:g} smooths token labels, which a preference loss "
-                "has none of; use label_smoothing for swapped pairs."
+                f"importance_sampling_level='sequence' weighs whole answers, estimator={self.estimator!r} tokens; use "
+                "importance_sampling_level='token'."
             )
+        _check_number("num_generations", self.num_generations, 2, "the other answers are the baseline")
+        _check_number("num_iterations", self.num_iterations, 1, "1 uses every sample once")
+        _check_number("max_completion_length", self.max_completion_length, 1, "it counts the end-of-sequence token")
+        _check_number("epsilon", self.epsilon, 0, "0.2 is usual", strict=True)
+        if self.epsilon_high is None:
+            self.epsilon_high = self.epsilon
+        _check_number("epsilon_high", self.epsilon_high, 0, "leave it out for epsilon", strict=True)
+        for name in ("lam_lr", "mu_lr", "dual_tolerance", "dual_warmup"):
+            _check_number(name, getattr(self, name), 0, "0 holds still")
+        if self.generation_batch_size is not None:
+            _check_number("generation_batch_size", self.generation_batch_size, 1, "leave it out for all at once")
+        for name, readers in (("min_reward", ("qempo", "qempo_kl")), ("max_kl", ("qempo_kl",))):
+            if getattr(self, name) is not None and self.method not in readers:
+                raise ValueError(
+                    f"{name}={getattr(self, name):g} is not read by method={self.method!r}; only {' and '.join(readers)} "
+                    "move their multipliers."
+                )
+        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"save_steps={self.save_steps:g} must be a multiple of num_iterations={self.num_iterations}: samples are "
+                "not saved, so a run resumes where it draws new ones."
+            )
+        if self.relative_to is not None and self.min_reward is None and self.max_kl is None:
+            raise ValueError("relative_to needs min_reward, max_kl or both, which it is the origin of.")
+
+    def dual_ascent(self) -> DualAscent | None:
+        """The controller that the arguments ask for, None where lam and mu stay.
+
+        Raises:
+            ValueError: a target out of its range; FileNotFoundError: `relative_to` without metrics.jsonl.
+        """
+        if self.min_reward is None and self.max_kl is None:
+            return None
+        min_reward, max_kl = self.min_reward, self.max_kl
+        if self.relative_to is not None:
+            reward, kl = measured_run(self.relative_to)
+            min_reward = None if min_reward is None else reward + min_reward
+            if max_kl is not None:
+                if kl is None:
+                    raise ValueError(f"relative_to: {self.relative_to} measured no KL; run it with report_kl=True.")
+                max_kl = kl * max_kl
+        return DualAscent(
+            lam=self.lam,
+            mu=self.mu or 0.0,
+            min_reward=min_reward,
+            max_kl=max_kl,
+            lam_step=self.lam_lr,
+            mu_step=self.mu_lr,
+            lam_bounds=(self.lam_min or self.lam / 1000, self.lam_max or self.lam * 1000),
+            mu_bounds=(0.0, self.mu_max),
+            warmup=self.dual_warmup,
+            tolerance=self.dual_tolerance,
+        )
+
+
+def measured_run(folder: str | Path) -> tuple[float, float | None]:
+    """Mean reward, and mean KL where it was measured, over the last third of a run's rows in metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: no row with a reward.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"relative_to: {path}: no such file; give the output_dir of an online run.")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row.get("reward") is not None]
+    if not rows:
+        raise ValueError(f"relative_to: {path} has no row with a reward; give the output_dir of an online run.")
+    rows = rows[len(rows) * 2 // 3 :]
+    kls = [row["kl"] for row in rows if row.get("kl") is not None]
+    return sum(row["reward"] for row in rows) / len(rows), sum(kls) / len(kls) if kls else None
 
 
 _EXAMPLES = {

@@ -1,4 +1,4 @@
-"""Preference data: from the formats in use to token ids, and from those to padded batches.
+"""Preference pairs and prompts: from the formats in use to token ids, and from those to padded batches.
 
 A row is one pair, in any of these shapes (text stays as it is; messages go through the chat template):
 
@@ -72,7 +72,7 @@ def load_rows(source, split: str = "train") -> Sequence[dict]:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, rows))}.")
         rows = rows[split]
     if len(rows) == 0:
-        raise ValueError(f"{name} is empty; training needs at least one pair.")
+        raise ValueError(f"{name} is empty; training needs at least one row.")
     return rows
 
 
@@ -174,6 +174,42 @@ def tokenize_pairs(
         why = f": all {dropped} pairs are longer than max_length={max_length}" if dropped else ""
         raise ValueError(f"the dataset is empty{why}; training needs at least one pair.")
     return PairDataset(pairs, dropped)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt to answer: its row of the dataset, whose further columns the reward functions see, and its token ids."""
+
+    row: dict
+    ids: list[int]
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.row["prompt"], str)
+
+
+def tokenize_prompts(rows: Iterable[dict], tokenizer, *, max_prompt_length: int | None = None) -> list[Prompt]:
+    """Token ids of every row's `prompt`: text as it is, messages through the chat template, up to where the answer starts.
+
+    Raises:
+        ValueError: a row without a prompt, named by its number (from 0), or no rows.
+    """
+    prompts = []
+    for number, row in enumerate(rows):
+        prompt = row.get("prompt")
+        if not prompt or not isinstance(prompt, str | list):
+            raise ValueError(f"row {number}: prompt is {prompt!r}; give text or a list of messages.")
+        try:
+            if isinstance(prompt, str):
+                ids = tokenizer(prompt)["input_ids"]
+            else:
+                ids = _template(tokenizer, prompt, add_generation_prompt=True)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+        prompts.append(Prompt(row, list(ids)[-max_prompt_length:] if max_prompt_length else list(ids)))
+    if not prompts:
+        raise ValueError("the dataset is empty; training needs at least one row.")
+    return prompts
 
 
 def _token_ids(row: dict, tokenizer) -> tuple[int, list[int], list[int]]:

@@ -1,21 +1,14 @@
 """Offline preference training (H-DPO, DPO, SPL, QEMPO, QEMPO-KL) on transformers.Trainer."""
 
-import os
 import sys
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from entropy_po.answers import Answers, answer_logps
-from entropy_po.heads import check_head
-from entropy_po.memory import peak_bytes
 from entropy_po.ops.linear_preference_loss import PreferenceOutput, linear_preference_loss
-from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
-from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint
+from entropy_po.trainer.base import HeadTrainer, load_parts, pad_id
 from entropy_po.trainer.config import EntropyPOConfig
 from entropy_po.trainer.data import PairCollator, PairDataset, load_rows, tokenize_pairs
 from entropy_po.trainer.reference_cache import attach_reference
@@ -26,7 +19,7 @@ _PER_PAIR += ("logps/chosen", "logps/rejected", "length/chosen", "length/rejecte
 _SUMS = (*_PER_PAIR, "pairs", "entropy", "answer_tokens", "tokens")
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(HeadTrainer):
     """Trains a causal language model on pairs, without ever holding the logits.
 
     The loss is the mean over the pairs of a whole optimiser step, whatever the split into devices, accumulation and
@@ -63,18 +56,8 @@ class PreferenceTrainer(Trainer):
         peft_config=None,
         **kwargs,
     ):
-        if isinstance(model, str | os.PathLike):
-            from entropy_po.models import load_model
-
-            model = load_model(model, dtype=torch.float32)
-        if processing_class is None:
-            from entropy_po.models import load_tokenizer
-
-            processing_class = load_tokenizer(model.config._name_or_path)
         self.objective = args.entropy_objective
-        model = _prepare_model(model, args, peft_config)
-        # Ids only: the model reads no padding, so any id serves.
-        pad = next((i for i in (processing_class.pad_token_id, processing_class.eos_token_id) if i is not None), 0)
+        model, processing_class = load_parts(model, args, processing_class, peft_config)
         with _rank_0_first(args):
             prepared = {"train": self._tokenized(train_dataset, "train", processing_class, args)}
             several = isinstance(eval_dataset, dict) and "chosen" not in eval_dataset
@@ -84,24 +67,12 @@ class PreferenceTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(pad),
+            data_collator=PairCollator(pad_id(processing_class)),
             train_dataset=prepared["train"],
             eval_dataset=evals if several else evals["eval"],
             processing_class=processing_class,
             **kwargs,
         )
-        if self.args.n_gpu > 1:
-            raise ValueError("several GPUs in one process are not supported; start the same command with torchrun.")
-        # `compute_loss` divides by the pairs of the whole step itself, so the Trainer must not divide again.
-        self.loss_is_scaled_for_ga, self.model_accepts_loss_kwargs = True, False
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(QuietProgress)
-        self.pop_callback(PrinterCallback)
-        self.add_callback(MetricsFile)
-        self._sums: dict[str, Tensor] = {}
-        self._window_start = time.perf_counter()
-        if args.check_head:
-            check_head(self.model)
         if self.objective.needs_reference:
             self.train_dataset = self._with_reference(self.train_dataset)
             if several:
@@ -181,15 +152,9 @@ class PreferenceTrainer(Trainer):
         output, aux_loss = self._preferences(model, inputs)
         num_pairs = len(output.losses) if model.training else self._pairs_not_repeated(len(output.losses))
         total = output.loss if num_pairs == len(output.losses) else output.losses[:num_pairs].sum()
-        if aux_loss is not None:
-            coefficient = self.accelerator.unwrap_model(model).config.get_text_config().router_aux_loss_coef
-            total = total + num_pairs * coefficient * aux_loss.to(total.device)
+        total = self._with_router_loss(model, total, aux_loss, num_pairs)
         self._accumulate(model.training, inputs, output, total, num_pairs)
-        if num_items_in_batch is None:
-            loss = total / max(num_pairs, 1)
-        else:
-            # Data parallelism averages gradients over ranks, and the count is that of all ranks.
-            loss = total * self.accelerator.num_processes / num_items_in_batch
+        loss = self._over_items(total, num_pairs, num_items_in_batch)
         return (loss, {"margins": output.margins}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -221,104 +186,23 @@ class PreferenceTrainer(Trainer):
 
     @torch.no_grad()
     def _accumulate(self, training: bool, inputs, output: PreferenceOutput, total: Tensor, num_pairs: int) -> None:
-        """Add this batch's first pairs to the sums, on the device: reading them every step would wait for it."""
+        """Add this batch's first pairs to the sums."""
         sides = (output.rewards, output.logps, output.lengths)
         rewards, logps, lengths = (values[:num_pairs].sum(0).unbind() for values in sides)
         margins, entropy = output.margins[:num_pairs], output.entropy[:num_pairs]
         totals = [total, *rewards, margins.sum(), (margins > 0).sum(), *logps, *lengths, margins.new_tensor(num_pairs)]
         totals += [entropy.sum(), output.lengths[:num_pairs].sum(), inputs["attention_mask"][: 2 * num_pairs].sum()]
-        totals = torch.stack([total.float() for total in totals])
-        key = "train" if training else "eval"
-        self._sums[key] = self._sums[key] + totals if key in self._sums else totals
+        self._add_sums("train" if training else "eval", totals)
 
     def _drain(self, key: str) -> dict[str, float]:
-        """Means since the last call, over all ranks; the one place that waits for the device."""
-        sums = self._sums.pop(key, None)
-        if sums is None:
+        """Means over the pairs since the last call."""
+        values = self._take_sums(key, _SUMS)
+        if not values:
             return {}
-        if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums, reduction="sum")
-        values = dict(zip(_SUMS, sums.tolist(), strict=True))
         metrics = {name: values[name] / values["pairs"] for name in _PER_PAIR}
         metrics["entropy"] = values["entropy"] / max(values["answer_tokens"], 1)
         metrics["tokens"] = values["tokens"]
         return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the pairs since the last row to the Trainer's own."""
-        if "loss" in logs:
-            metrics = self._drain("train")
-            metrics.pop("loss", None)  # the Trainer's own is the mean over steps
-            now = time.perf_counter()
-            metrics["tokens_per_second"] = metrics.pop("tokens", 0) / max(now - self._window_start, 1e-9)
-            self._window_start = now
-            logs = {**logs, **metrics, "peak_memory_mib": peak_bytes() / 2**20}
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """The Trainer's loop, with our metrics under its prefix, and its time kept out of the training speed."""
-        start = time.perf_counter()
-        self._sums.pop("eval", None)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._drain("eval")
-        metrics.pop("tokens", None)
-        output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        self._window_start += time.perf_counter() - start
-        return output
-
-    # ---- resume ----
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As transformers.Trainer.train, and a checkpoint that was not written to its end is never resumed from.
-
-        Raises:
-            ValueError: the checkpoint is incomplete, or True was given and there is no complete one.
-        """
-        if isinstance(resume_from_checkpoint, bool):
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
-        elif resume_from_checkpoint is not None and (missing := checkpoint_fault(Path(resume_from_checkpoint))):
-            raise ValueError(
-                f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete ({missing}); use another one."
-            )
-        if self.train_dataset is None:
-            raise ValueError("train_dataset must be given to train; this trainer was made to evaluate.")
-        self._sums.clear()
-        self._window_start = time.perf_counter()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-
-def _prepare_model(model: nn.Module, args: EntropyPOConfig, peft_config) -> nn.Module:
-    if args.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-    is_peft = hasattr(model, "disable_adapter")
-    if peft_config is None and args.lora_r is not None and not is_peft:
-        from peft import LoraConfig
-
-        peft_config = LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha or 2 * args.lora_r,
-            lora_dropout=args.lora_dropout,
-            target_modules=args.lora_target_modules or "all-linear",
-            task_type="CAUSAL_LM",
-        )
-    if peft_config is None:
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError("model: no parameter requires a gradient; unfreeze some, or set lora_r for an adapter.")
-        return model
-    if is_peft:
-        raise ValueError("peft_config: the model carries an adapter already; merge it first, or leave peft_config out.")
-    from peft import get_peft_model
-
-    try:
-        model = get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ValueError(f"lora_target_modules: {str(error).splitlines()[0]}") from error
-    if args.gradient_checkpointing:
-        model.enable_input_require_grads()  # a frozen embedding would cut the checkpointed layers off the graph
-    return model
 
 
 def _rank_0_first(args: EntropyPOConfig):

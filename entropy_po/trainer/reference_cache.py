@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from entropy_po.heads import head_of
+from entropy_po.heads import evaluation_mode, head_of
 from entropy_po.trainer.data import PairDataset, pad_rows
 
 _SAMPLES = 64  # elements of each weight that are hashed in place, beside the sum over all its bits
@@ -46,11 +47,9 @@ def attach_reference(
             "model: its weights are not loaded on this rank, and the reference log-probs need them; set "
             "fsdp_cpu_ram_efficient_loading to false, or give pairs that have ref_logps."
         )
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
         model.to(accelerator.device)  # before FSDP shards it, a model waits on the CPU
-        with torch.no_grad(), model.disable_adapter() if adapter else torch.no_grad():
+        with evaluation_mode(model), torch.no_grad(), model.disable_adapter() if adapter else nullcontext():
             fingerprint = _fingerprint(model, dataset, settings)
             path = folder / f"ref_logps-{fingerprint[:16]}.safetensors"
             logps = _load(path, fingerprint, len(dataset))
@@ -63,8 +62,6 @@ def attach_reference(
                     _save(path, fingerprint, logps)
     finally:
         model.to(home)
-        for module, mode in modes.items():
-            module.training = mode
     pairs = zip(dataset.pairs, logps.tolist(), strict=True)
     return PairDataset([replace(pair, ref_logps=tuple(values)) for pair, values in pairs], dataset.num_dropped)
 

@@ -1,0 +1,166 @@
+"""What the trainers share: a model whose head is checked, quiet metrics, sums kept on the device, safe resuming."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from entropy_po.heads import check_head
+from entropy_po.memory import peak_bytes
+from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
+from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint
+from entropy_po.trainer.config import TrainingConfig
+
+
+class HeadTrainer(Trainer):
+    """A Trainer whose loss is the sum over a whole optimiser step's items over their number, made by the fused head."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError("several GPUs in one process are not supported; start the same command with torchrun.")
+        # `compute_loss` divides by the items of the whole step itself, so the Trainer must not divide again.
+        self.loss_is_scaled_for_ga, self.model_accepts_loss_kwargs = True, False
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(QuietProgress)
+        self.pop_callback(PrinterCallback)
+        self.add_callback(MetricsFile)
+        self._sums: dict[str, Tensor] = {}
+        self._window_start = time.perf_counter()
+        if self.args.check_head:
+            check_head(self.model)
+
+    # ---- loss ----
+
+    def _with_router_loss(self, model: nn.Module, total: Tensor, aux_loss: Tensor | None, num_items: int) -> Tensor:
+        """The sum of the items' losses plus, of a mixture of experts, its router loss once per item."""
+        if aux_loss is None:
+            return total
+        coefficient = self.accelerator.unwrap_model(model).config.get_text_config().router_aux_loss_coef
+        return total + num_items * coefficient * aux_loss.to(total.device)
+
+    def _over_items(self, total: Tensor, num_items: int, num_items_in_batch) -> Tensor:
+        """The batch's part of the step's mean; the batch's own mean where the step's items are not counted."""
+        if num_items_in_batch is None:
+            return total / max(num_items, 1)
+        # Data parallelism averages gradients over ranks, and the count is that of all ranks.
+        return total * self.accelerator.num_processes / num_items_in_batch
+
+    # ---- metrics ----
+
+    def _add_sums(self, key: str, totals: Sequence[Tensor]) -> None:
+        """Add to the sums of "train" or "eval", on the device: reading them every step would wait for it."""
+        totals = torch.stack([total.detach().float() for total in totals])
+        self._sums[key] = self._sums[key] + totals if key in self._sums else totals
+
+    def _take_sums(self, key: str, names: Sequence[str]) -> dict[str, float]:
+        """The sums since the last call, over all ranks; the one place that waits for the device."""
+        sums = self._sums.pop(key, None)
+        if sums is None:
+            return {}
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def _drain(self, key: str) -> dict[str, float]:
+        """The metrics of the sums since the last call; "tokens" is how many went through the model."""
+        raise NotImplementedError
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last row to the Trainer's own."""
+        if "loss" in logs:
+            metrics = self._drain("train")
+            metrics.pop("loss", None)  # the Trainer's own is the mean over steps
+            now = time.perf_counter()
+            metrics["tokens_per_second"] = metrics.pop("tokens", 0) / max(now - self._window_start, 1e-9)
+            self._window_start = now
+            logs = {**logs, **metrics, "peak_memory_mib": peak_bytes() / 2**20}
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The Trainer's loop, with our metrics under its prefix, and its time kept out of the training speed."""
+        start = time.perf_counter()
+        self._sums.pop("eval", None)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._drain("eval")
+        metrics.pop("tokens", None)
+        output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self._window_start += time.perf_counter() - start
+        return output
+
+    # ---- resume ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As transformers.Trainer.train, and a checkpoint that was not written to its end is never resumed from.
+
+        Raises:
+            ValueError: the checkpoint is incomplete, or True was given and there is no complete one.
+        """
+        if isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
+        elif resume_from_checkpoint is not None and (missing := checkpoint_fault(Path(resume_from_checkpoint))):
+            raise ValueError(
+                f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete ({missing}); use another one."
+            )
+        if self.train_dataset is None:
+            raise ValueError("train_dataset must be given to train; this trainer was made to evaluate.")
+        self._sums.clear()
+        self._window_start = time.perf_counter()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def load_parts(model: nn.Module | str, args: TrainingConfig, processing_class, peft_config) -> tuple[nn.Module, object]:
+    """(the model to train, with an adapter where one is asked for; its tokenizer), both loaded where they are names."""
+    if isinstance(model, str | os.PathLike):
+        from entropy_po.models import load_model
+
+        model = load_model(model, dtype=torch.float32)
+    if processing_class is None:
+        from entropy_po.models import load_tokenizer
+
+        processing_class = load_tokenizer(model.config._name_or_path)
+    return _prepare_model(model, args, peft_config), processing_class
+
+
+def pad_id(tokenizer) -> int:
+    """Ids only: the model reads no padding, so any id serves."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _prepare_model(model: nn.Module, args: TrainingConfig, peft_config) -> nn.Module:
+    if args.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    is_peft = hasattr(model, "disable_adapter")
+    if peft_config is None and args.lora_r is not None and not is_peft:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha or 2 * args.lora_r,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules or "all-linear",
+            task_type="CAUSAL_LM",
+        )
+    if peft_config is None:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("model: no parameter requires a gradient; unfreeze some, or set lora_r for an adapter.")
+        return model
+    if is_peft:
+        raise ValueError("peft_config: the model carries an adapter already; merge it first, or leave peft_config out.")
+    from peft import get_peft_model
+
+    try:
+        model = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules: {str(error).splitlines()[0]}") from error
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()  # a frozen embedding would cut the checkpointed layers off the graph
+    return model
