@@ -166,19 +166,21 @@ def dual_page(m: Measured) -> str:
         "",
         "R is the measured RLHF run's mean reward over its last third, K 1.25 times its KL. Means over the last third:",
         "",
-        "| run | seed | R | reward | within 2 % of the range | KL | lam, first and last | mu, last | entropy |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| run | seed | R | reward | within 2 % of the range | KL | lam, first and last | mu, last | entropy | length |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for i, (seed, found) in enumerate(m.seeds.items()):
         target = m.late("rlhf", "reward")[i]
         for unit in ONLINE:
-            reward, kl, entropy = (m.late(unit, key)[i] for key in ("reward", "kl", "entropy/sequence"))
+            reward, kl, entropy, length = (
+                m.late(unit, key)[i] for key in ("reward", "kl", "entropy/sequence", "length")
+            )
             rows = found[unit]["curve"]
             lam = f"{rows[0]['lam']:.3g}, {rows[-1]['lam']:.3g}" if "lam" in rows[0] else "-"
             mu = f"{rows[-1]['mu']:.3g}" if "mu" in rows[0] else "-"
             held = "-" if unit == "rlhf" else "yes" if abs(reward - target) <= TOLERANCE else "no"
             lines.append(
-                f"| {unit} | {seed} | {target:.3f} | {reward:.3f} | {held} | {kl:.2f} | {lam} | {mu} | {entropy:.2f} |"
+                f"| {unit} | {seed} | {target:.3f} | {reward:.3f} | {held} | {kl:.2f} | {lam} | {mu} | {entropy:.2f} | {length:.1f} |"
             )
     verdicts = [
         f"- seed {seed}, {unit}: {found[unit]['verdict']}" for seed, found in m.seeds.items() for unit in ONLINE[1:]
@@ -186,6 +188,16 @@ def dual_page(m: Measured) -> str:
     return "\n".join(
         [*lines, "", "What the controller itself said at the end (its window: 20 updates):", "", *verdicts, ""]
     )
+
+
+SURPRISES = """Seen on the way here (seed 0; the settings above are the ones that work):
+
+- With `lam_lr` 0.5 instead of 0.05 lam winds up while the policy is still learning: from 30 to 820 and back, reward meets
+  R (0.885 against 0.865) and entropy is 3.1 nats where RLHF keeps 9.5. From 1000 it reaches 12,000, and entropy 1.7.
+- With `lam_lr` 0.05, a start at 400, five times the lam that holds R, does the same: entropy 2.6 nats at reward 0.89. What
+  was lost does not come back within 250 steps.
+- With a reward of 0.5 for each sum that is right, 0.11 at the start, and lam from 2, entropy wins at once: all 15 tokens
+  alike, no answer with a reward, and no lam that could bring one back. The controller says so (infeasible at lam_max)."""
 
 
 def _compared(values: list[float], others: list[float], what: str) -> tuple[bool | None, str]:

@@ -200,7 +200,10 @@ class OnlineConfig(TrainingConfig):
     min_reward: float | None = _arg(None, "qempo, qempo_kl: R, the mean reward to reach; moves lam. None: lam stays.")
     max_kl: float | None = _arg(None, "qempo_kl: K, the KL budget in nats per answer; moves mu. None: mu stays.")
     relative_to: str | None = _arg(None, "Folder of a measured run: R is its reward + min_reward, K its KL * max_kl.")
-    lam_lr: float = _arg(0.1, "Step of log lam per batch of samples and unit of reward.")
+    lam_lr: float = _arg(
+        0.05,
+        "Step of log lam per batch of samples and unit of reward; small, so that lam moves slower than the policy learns.",
+    )
     mu_lr: float = _arg(0.05, "Step of mu per batch of samples and relative excess of the KL.")
     lam_min: float | None = _arg(None, "Lower bound of lam; default lam / 1000.")
     lam_max: float | None = _arg(None, "Upper bound of lam; default lam * 1000.")
