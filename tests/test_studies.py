@@ -34,3 +34,33 @@ def test_the_exact_study_runs_and_its_claims_hold(tmp_path):
     text = (tmp_path / "exact.md").read_text()
     assert text.count("| reproduced |") == 13 and "not reproduced" not in text
     assert (tmp_path / "exact.png").stat().st_size > 20000
+
+
+def test_the_transformer_studys_task_and_its_examples():
+    import random
+
+    from benchmarks import transformer_study as study
+
+    task = (10, 8, 3)  # 1st, 3rd, ... sum to 10, 2nd, 4th, ... to 8, no 3
+    assert study.score(task, "4 8 6") == 1.0 and study.is_right(task, "9 4 1 4")
+    assert study.score(task, "4 8 5") == pytest.approx((0.9 + 1.0) / 2) and not study.is_right(task, "4 8 5")
+    assert study.score(task, "3 8 7") == 0.5  # right sums, with the forbidden digit
+    assert study.score(task, "") == study.score(task, "4 8 sum") == study.score(task, "4 8 6 0") == 0.0
+    rng = random.Random(1)
+    texts = [(t, " ".join(map(str, study.example(t, rng)))) for t in study.TASKS[:300]]
+    assert 0.45 < sum(study.is_right(t, text) for t, text in texts) / 300 < 0.65
+    assert not set(study.HELDOUT[-48:]) & set(study.TASKS[:-64])  # what is measured was never learnt from
+
+
+@pytest.mark.slow
+def test_the_transformer_study_runs_and_resumes(tmp_path, capsys):
+    from benchmarks import transformer_study as study
+
+    flags = ["--quick", "--seeds", "0", "--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")]
+    study.main(flags)
+    assert "seed 0, hdpo-1.0-4:" in capsys.readouterr().out
+    first = (tmp_path / "out" / "transformer.md").read_text()
+    study.main(flags)
+    assert "seed 0, hdpo-1.0-4:" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "transformer.md").read_text() == first and "| pass@1 |" in first
+    assert (tmp_path / "out" / "dual.png").stat().st_size > 10000
