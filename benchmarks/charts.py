@@ -117,16 +117,26 @@ def _memory(plt, report: dict):
     if not rows:
         return None
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    ends: dict[tuple[int, int], list[str]] = {}
     for name in dict.fromkeys(row["who"] for row in rows):
         points = [(row["n"], max(beside(row), 1 << 20) / 2**20) for row in rows if row["who"] == name]
         style = _style(name) | {"linewidth": 2.5 if name == OURS else 1.3}
         axis.plot(*zip(*points, strict=True), **style)
-        axis.annotate(name, points[-1], xytext=(7, 0), textcoords="offset points", va="center", color=style["color"])
+        n, mib = points[-1]
+        ends.setdefault((n, round(8 * math.log2(mib))), []).append(name)  # lines that end together share a label
+    for (n, place), names in ends.items():
+        axis.annotate(
+            ", ".join(names), (n, 2 ** (place / 8)), xytext=(7, 0), textcoords="offset points", va="center",
+            color=_style(names[0])["color"],
+        )  # fmt: skip
     lengths = sorted({row["n"] for row in rows})
     axis.set(xscale="log", yscale="log", xlabel="tokens in one pair", ylabel="peak MiB beside inputs and gradients")
     axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    low, high = axis.get_ylim()
+    mibs = [2**k for k in range(30) if low <= 2**k <= 1.5 * high]
+    axis.set_yticks(mibs, [f"{mib:,}" for mib in mibs])
     axis.minorticks_off()
-    axis.set_ylim(top=axis.get_ylim()[1] * 1.5)
+    axis.set_ylim(low, 1.5 * high)
     axis.grid(alpha=0.25)
     case = next(row["case"] for row in rows)
     axis.set_title(f"Memory against context: {case.split(', ', 1)[1]}", loc="left", fontsize=11)

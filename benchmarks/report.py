@@ -1,4 +1,7 @@
-"""From pytest-benchmark's readings to one small JSON, and from that to a page of tables."""
+"""From pytest-benchmark's readings to one small JSON, and from that to a page of tables.
+
+`python -m benchmarks.report` writes the pages and pictures of the committed JSONs again.
+"""
 
 from __future__ import annotations
 
@@ -208,3 +211,8 @@ def _unavailable(unavailable: dict[str, dict[str, str]]) -> list[str]:
     return ["", "## What could not run here, with its own words", ""] + [
         f"* {who}: {why}" for who, why in sorted(reasons)
     ]
+
+
+if __name__ == "__main__":
+    for path in RESULTS.glob("*/report.json"):
+        print(write(json.loads(path.read_text())).splitlines()[-1])
