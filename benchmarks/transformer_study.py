@@ -49,7 +49,7 @@ TEMPERATURES = (0.5, 0.7, 1.0, 1.3)
 KS = (1, 4, 16, 64, 128)
 BETA, ONLINE_BETA = 0.1, 0.02
 SEEDS = (0, 1, 2)
-FULL = {"sft": 1000, "early": 20, "offline": 200, "online": 250, "samples": 256, "prompts": 48, "pairs": 64}
+FULL = {"sft": 1000, "early": 20, "offline": 60, "online": 250, "samples": 256, "prompts": 48, "pairs": 256}
 QUICK = {"sft": 60, "early": 2, "offline": 4, "online": 6, "samples": 128, "prompts": 6, "pairs": 8}
 
 
