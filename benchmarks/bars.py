@@ -28,8 +28,8 @@ def bars(report: dict) -> list[Bar]:
     on_cpu = report["machine"]["device"] == "CPU"
     for row in report["rows"]:
         by_name = {who["name"]: who for who in row["who"]}
-        if OURS in by_name:
-            found += PROMISES.get(row["suite"], _nothing)(row, by_name, on_cpu)
+        if OURS in by_name and row["suite"] in PROMISES:
+            found += PROMISES[row["suite"]](row, by_name, on_cpu)
     return found + list(_memory(report["memory"]))
 
 
@@ -65,10 +65,6 @@ def _pair(row: dict, who: dict, on_cpu: bool) -> Iterator[Bar]:
 def _step(row: dict, who: dict, on_cpu: bool) -> Iterator[Bar]:
     if "eager" in who:
         yield Bar(f"{row['name']}: times faster than eager logits", who["eager"]["times_ours"], 1.4, True)
-
-
-def _nothing(*_) -> list[Bar]:
-    return []
 
 
 PROMISES: dict[str, Callable] = {"logits": _logits, "hidden": _hidden, "pair": _pair, "step": _step}

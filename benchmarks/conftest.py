@@ -20,7 +20,7 @@ from benchmarks.step import StepCase, StepProblem
 from entropy_po.bench.implementations import implementations
 from entropy_po.bench.measure import one_line
 from entropy_po.bench.problem import Case, Problem
-from entropy_po.bench.timing import repeats_for, rotated
+from entropy_po.bench.timing import repeats_for, rotated, timed
 
 FLOOR = "floor"
 UNAVAILABLE, MEMORY = pytest.StashKey[dict](), pytest.StashKey[list]()
@@ -45,20 +45,20 @@ def _suites(config) -> dict[str, list[suites.Row]]:
 
 
 def pytest_generate_tests(metafunc):
-    """Each suite's test takes its readings in the order in which they are made."""
+    """Readings in the order in which they are made."""
     if "memory_row" in metafunc.fixturenames:
         rows = suites.memory(metafunc.config.getoption("--device"), metafunc.config.getoption("--long"))
         metafunc.parametrize("memory_row", rows, ids=[f"{case.name}: {who}" for case, who in rows])
     if "reading" not in metafunc.fixturenames:
         return
-    name = metafunc.function.__name__.removeprefix("test_")
     readings, ids = [], []
-    for row in _suites(metafunc.config).get(name, ()):
-        names = [FLOOR, *(row.who or implementations(row.case))]
-        for i in range(min(row.rounds or 99, metafunc.config.getoption("--rounds"))):
-            for who in rotated(names, i):
-                readings.append((row.case, who, i))
-                ids.append(f"{row.case.name}: {who}, round {i}")
+    for suite, rows in _suites(metafunc.config).items():
+        for row in rows:
+            names = [FLOOR, *(row.who or implementations(row.case))]
+            for i in range(min(row.rounds or 99, metafunc.config.getoption("--rounds"))):
+                for who in rotated(names, i):
+                    readings.append((suite, row.case, who))
+                    ids.append(f"{suite}: {row.case.name}: {who}, round {i}")
     metafunc.parametrize("reading", readings, ids=ids)
 
 
@@ -68,7 +68,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    output_json["unavailable"] = {name: found for name, found in config.stash[UNAVAILABLE].items() if found}
+    output_json["unavailable"] = config.stash[UNAVAILABLE]
     output_json["memory"] = config.stash[MEMORY]
 
 
@@ -90,11 +90,10 @@ class Current:
 
 @pytest.fixture
 def measure(request, benchmark):
-    """Take one reading of (case, name of an implementation, round)."""
+    """Take one reading of a suite's case by an implementation."""
     threads = torch.get_num_threads()
 
-    def take(reading: tuple[Case | StepCase, str, int]) -> None:
-        case, who, _ = reading
+    def take(suite: str, case: Case | StepCase, who: str) -> None:
         unavailable = request.config.stash[UNAVAILABLE][case.name]
         if who in unavailable:
             pytest.skip(unavailable[who])
@@ -114,17 +113,11 @@ def measure(request, benchmark):
         repeats = Current.known[who]["repeats"]
         benchmark.group = case.name
         benchmark.extra_info.update(
-            suite=request.function.__name__.removeprefix("test_"), case=asdict(case), name=case.name,
+            suite=suite, case=asdict(case), name=case.name,
             who=floor_name if who == FLOOR else who, floor=who == FLOOR, scale=scale, **Current.known[who],
         )  # fmt: skip
 
-        def once() -> None:
-            for _ in range(repeats):
-                run()
-            if case.device == "cuda":
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(once, rounds=1, iterations=1)
+        benchmark.pedantic(timed, args=(run, repeats), rounds=1, iterations=1)
 
     yield take
     torch.set_num_threads(threads)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from entropy_po.forecast import Rates
+
 SHAPES = [(8192, 4096, 151_936), (4096, 4096, 131_072), (16_384, 2048, 248_320), (131_072, 4096, 151_936)]
 
 
@@ -19,8 +21,11 @@ class Device:
     flops: float  # dense bf16 FLOP/s that a large product reaches
 
 
-# 728 TFLOP/s is what TRL's authors report for an H100's lm_head products; an H200 has the same multiprocessors.
-DEVICES = [Device("H100 SXM", 3.35e12, 728e12), Device("H200 SXM", 4.8e12, 728e12)]
+H200 = Rates()
+DEVICES = [
+    Device("H100 SXM", 3.35e12, H200.tflops * 1e12),
+    Device("H200 SXM", H200.memory * 1e9, H200.tflops * 1e12),
+]
 
 
 def fold_bytes(n: int, v: int, b: int) -> int:

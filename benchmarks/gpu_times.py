@@ -9,7 +9,6 @@ import argparse
 
 from benchmarks import report, suites
 from entropy_po.bench.measure import measure, one_line
-from entropy_po.bench.memory import phases
 
 
 def main() -> None:
@@ -17,7 +16,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the smaller shapes only")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    rows, unavailable, memory = [], {}, []
+    rows, unavailable = [], {}
     for suite, cases in suites.cuda(arguments.quick).items():
         for row in cases:
             print(f"{suite}: {row.case.name}", flush=True)
@@ -28,14 +27,8 @@ def main() -> None:
                 continue
             rows.append({"suite": suite, **found})
             unavailable[row.case.name] = failed
-    for case, who in suites.memory("cuda", long=not arguments.quick):
-        reading = {"case": case.name, "n": case.n, "path": case.path, "who": who}
-        try:
-            memory.append(reading | phases(case, who))
-        except Exception as error:
-            memory.append(reading | {"error": one_line(error)})
+    memory = [report.memory_reading(*row) for row in suites.memory("cuda", long=not arguments.quick)]
     command = "python -m benchmarks.gpu_times" + (" --quick" if arguments.quick else "")
-    unavailable = {name: found for name, found in unavailable.items() if found}
     found = report.finished(command, report.machine("cuda"), rows, memory, unavailable)
     print(report.write(found))
 

@@ -17,7 +17,9 @@ from benchmarks import charts
 from benchmarks.bars import bars, beside
 from entropy_po import describe
 from entropy_po.bench.implementations import OURS
-from entropy_po.bench.measure import summarised
+from entropy_po.bench.measure import one_line, summarised
+from entropy_po.bench.memory import phases
+from entropy_po.bench.problem import Case
 from entropy_po.bench.timing import NOISY
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,6 +63,15 @@ def condensed(readings: dict, command: str) -> dict:
     return finished(command, readings["machine_info"], rows, readings["memory"], readings["unavailable"])
 
 
+def memory_reading(case: Case, who: str) -> dict:
+    """The phases of one implementation's memory, or why there are none."""
+    reading = {"case": case.name, "n": case.n, "path": case.path, "who": who}
+    try:
+        return reading | phases(case, who)
+    except Exception as error:
+        return reading | {"error": one_line(error)}
+
+
 def machine(device: str) -> dict:
     """Facts that a time depends on; no name of the machine."""
     facts = describe()
@@ -99,6 +110,7 @@ def write(report: dict, folder: Path = RESULTS) -> str:
 
 def finished(command: str, machine: dict, rows: list[dict], memory: list[dict], unavailable: dict) -> dict:
     """The report: what was measured, where, and which promises it keeps."""
+    unavailable = {name: reasons for name, reasons in unavailable.items() if reasons}
     report = {"command": command, "machine": machine, "rows": rows, "memory": memory, "unavailable": unavailable}
     report["bars"] = [{**bar._asdict(), "held": bar.held} for bar in bars(report)]
     return report

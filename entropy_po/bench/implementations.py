@@ -71,7 +71,7 @@ def _with_backend(name: str) -> Implementation:
 
 
 def _stats(problem: Problem, backend: str | None = None) -> tuple[Tensor, Tensor | None]:
-    outputs = ("logps", "entropy") if problem.case.entropy and problem.case.path in ("logits", "hidden") else ("logps",)
+    outputs = ("logps", "entropy") if problem.case.gives_entropy else ("logps",)
     operator = token_stats if problem.case.path == "logits" else linear_token_stats
     stats = operator(*problem.tensors, problem.labels, outputs=outputs, backend=backend)
     return stats.logps, stats.entropy
@@ -97,11 +97,9 @@ def eager_stats(logits: Tensor, labels: Tensor, entropy: bool = True) -> tuple[T
 
 
 def _eager(problem: Problem, stats: Callable = eager_stats) -> Outputs:
-    case = problem.case
-    wants_entropy = case.entropy and case.path in ("logits", "hidden")
-    if case.path == "logits":
-        return problem.combine(*stats(problem.tensors[0], problem.labels, wants_entropy))
-    return problem.combine(*stats(problem.tensors[0] @ problem.tensors[1].t(), problem.labels, wants_entropy))
+    first, *weight = problem.tensors
+    logits = first @ weight[0].t() if weight else first
+    return problem.combine(*stats(logits, problem.labels, problem.case.gives_entropy))
 
 
 def _compiled(problem: Problem) -> Outputs:
@@ -136,7 +134,7 @@ def _trl(problem: Problem) -> Outputs:
         return problem.combine(selective_log_softmax(problem.tensors[0], problem.labels))
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    outputs = ("entropy",) if case.entropy and case.path == "hidden" else ()
+    outputs = ("entropy",) if case.gives_entropy else ()
     hidden, weight = problem.tensors
     logps, entropy, *_ = ChunkedLogProbFunction.apply(
         hidden, weight, None, problem.labels, 1.0, 32768, None, 1.0, outputs
@@ -147,7 +145,7 @@ def _trl(problem: Problem) -> Outputs:
 def _liger_scaled(problem: Problem) -> Outputs:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
-    entropy = problem.case.entropy and problem.case.path == "hidden"
+    entropy = problem.case.gives_entropy
     result = LigerFusedLinearScaledCrossEntropyFunction.apply(
         *problem.tensors, problem.labels, 1.0, -100, 1, entropy
     )  # fmt: skip

@@ -58,6 +58,11 @@ class Case:
         return ", ".join(parts)
 
     @property
+    def gives_entropy(self) -> bool:
+        """Whether entropies are among the outputs; a loss of one number has none."""
+        return self.entropy and self.path in ("logits", "hidden")
+
+    @property
     def products(self) -> int:
         """Vocabulary-sized matrix products that a method needs which does not hold the logits.
 

@@ -19,8 +19,7 @@ from entropy_po.plan import slices
 from entropy_po.tiles import bf16_overlay, compiled_core
 from entropy_po.types import state_dtype
 
-# Columns of logits that the CPU's matrix library makes at a time: rows of 150,000 written in one product take it up to a
-# sixth longer; at 49,152 the two are even.
+# Columns of logits that the CPU's matrix library makes at a time: rows of 150,000, written in one product, take it longer.
 LOGITS_BLOCK = 2048
 
 _precision_lock = threading.Lock()
