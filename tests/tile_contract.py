@@ -6,6 +6,7 @@ GPU the kernels run on it; without one, on whatever that file has to run them on
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from entropy_po import reference, tiles
 from entropy_po.types import (
@@ -205,10 +206,12 @@ def test_lower_levels_are_the_same_numbers(kernels, gen, level):
     tile, labels = make_logits(gen, torch.float32)
     full, state = folded(kernels, tile, labels, Transform()), folded(kernels, tile, labels, Transform(), level)
     assert state.shape[0] == STATE_ROWS[level]
-    rows = [0, 1, 3, 4] if level is Level.LOGPS else [0, 1, 2, 3, 4]
-    assert torch.equal(state[rows], full[rows])
+    for row in (0, 1, 3, 4):  # all that a log-prob is made of
+        assert torch.equal(state[row], full[row])
     if level is Level.LOGPS:
         assert not state[2].any(), "t was computed though nobody asked for entropy"
+    else:  # each variant is compiled by itself: whether e * d + t is rounded once or twice is the compiler's choice
+        assert_close(state[2], full[2], rtol=4 * torch.finfo(torch.float32).eps, atol=0.0)
 
 
 @pytest.mark.parametrize(
