@@ -6,12 +6,15 @@ import sys
 
 import torch
 
+from entropy_po import pages
+
 
 def reset_peak() -> None:
     """Start a new peak from what is held now. Without /proc (not Linux) the peak stays that of the whole process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
+    pages.release()
     try:
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")
@@ -35,10 +38,13 @@ def peak_bytes() -> int:
 
 
 def held_bytes() -> int:
-    """Memory held now: of the CUDA allocator where there is a GPU, else resident. CPU: Linux only."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status_bytes("VmRSS")
+    """Memory held now: of the CUDA allocator where there is a GPU, else resident, but for what the system may take back
+    without asking. CPU: Linux only."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return _status_bytes("Rss", "smaps_rollup") - _status_bytes("LazyFree", "smaps_rollup")
 
 
-def _status_bytes(field: str) -> int:
-    with open("/proc/self/status") as lines:
+def _status_bytes(field: str, file: str = "status") -> int:
+    with open(f"/proc/self/{file}") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))

@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from entropy_po import pages
+
 SCALES = ("fresh", "trained", "hostile")
 
 
@@ -148,7 +150,8 @@ def allocations(call: Callable[[], object]) -> tuple[int, int]:
 
     Tensors made inside a registered operator count; a TorchDispatchMode would not see them.
     """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with pages.from_torch(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = largest = 0

@@ -13,6 +13,7 @@ LAYERS = {
     "objective": 0,
     "dual": 0,
     "policy_gradient": 0,
+    "pages": 0,
     "testing": 0,
     "reference": 1,
     "kernels": 1,

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from entropy_po import pages
 from entropy_po.plan import slices
 from entropy_po.tiles import bf16_overlay, compiled_core
 from entropy_po.types import state_dtype
@@ -63,20 +64,32 @@ def operand_copies(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class Scratch:
-    """Named buffers that one call reuses from tile to tile: fresh memory costs a page fault every 4 KiB, which for the
-    fp32 copies of a bf16 weight would be more time than the conversion itself."""
+    """Named buffers that one call reuses from tile to tile, and on a CPU the next call after it: fresh memory costs more
+    time than the conversion of a bf16 weight that is written to it."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.block: Tensor | None = None  # what is left of it
 
     def __call__(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """A contiguous [shape] of memory, valid until the name is asked for again."""
         size = shape[0] * shape[1]
         buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+            buffer = self.buffers[name, dtype] = self._allocate(size, dtype)
         return buffer[:size].view(shape)
+
+    def _allocate(self, size: int, dtype: torch.dtype) -> Tensor:
+        num_bytes = size * dtype.itemsize
+        if self.device.type == "cpu" and num_bytes >= pages.PAGE_BYTES:
+            if self.block is None:
+                self.block = pages.block()
+            if self.block is not None and num_bytes <= self.block.numel():
+                whole = min(-(-num_bytes // pages.PAGE_BYTES) * pages.PAGE_BYTES, self.block.numel())
+                buffer, self.block = self.block[:num_bytes], self.block[whole:]
+                return buffer.view(dtype)
+        return torch.empty(size, dtype=dtype, device=self.device)
 
 
 def operand(x: Tensor, name: str, scratch: Scratch) -> Tensor:
