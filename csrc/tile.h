@@ -35,14 +35,14 @@ struct Numeric;
 
 template <>
 struct Numeric<float> {
-  using Int = int32_t;
+  using Bits = uint32_t;
   static constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
   static constexpr float kFloor = -88.2f;  // exp(kFloor) comes out as an exact 0: its power of two is the one below all normals
   static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLog2e = 1.44269504088896341f;
   static constexpr float kLn2Hi = 0.693359375f;
   static constexpr float kLn2Lo = -2.12194440e-4f;
-  static constexpr Int kExponentBias = 127;
+  static constexpr Bits kExponentBias = 127;
   static constexpr int kMantissaBits = 23;
   // (exp(r) - 1 - r) / r^2 on |r| <= ln2 / 2, interpolated at Chebyshev nodes: relative error of exp 1.1e-8,
   // against a rounding unit of 6e-8.
@@ -57,14 +57,14 @@ struct Numeric<float> {
 
 template <>
 struct Numeric<double> {
-  using Int = int64_t;
+  using Bits = uint64_t;
   static constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
   static constexpr double kFloor = -709.2;
   static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLog2e = 1.44269504088896340736;
   static constexpr double kLn2Hi = 6.93147180369123816490e-01;
   static constexpr double kLn2Lo = 1.90821492927058770002e-10;
-  static constexpr Int kExponentBias = 1023;
+  static constexpr Bits kExponentBias = 1023;
   static constexpr int kMantissaBits = 52;
   // Taylor through r^13 / 13!: the next term is 4e-18 on |r| <= ln2 / 2.
   static EP_INLINE double exp_tail(double r) {
@@ -96,12 +96,12 @@ EP_INLINE T floored(T d) {
 template <class T>
 EP_INLINE void exp_parts(T d, T& scale, T& tail) {
   using N = Numeric<T>;
-  using Int = typename N::Int;
+  using Bits = typename N::Bits;  // unsigned: the shift drops what is above the exponent
   const T shifted = d * N::kLog2e + N::kRoundMagic;
   const T n = shifted - N::kRoundMagic;
-  Int bits;
+  Bits bits;
   std::memcpy(&bits, &shifted, sizeof(T));
-  bits = static_cast<Int>((bits + N::kExponentBias) << N::kMantissaBits);
+  bits = (bits + N::kExponentBias) << N::kMantissaBits;
   std::memcpy(&scale, &bits, sizeof(T));
   const T r = (d - n * N::kLn2Hi) - n * N::kLn2Lo;
   tail = r + r * r * N::exp_tail(r);

@@ -12,6 +12,8 @@ Sources: arXiv 2411.07595 (H-DPO), arXiv 2602.15894 (QEMPO, QEMPO-KL).
 """
 
 import math
+import reprlib
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 
@@ -170,7 +172,7 @@ class EntropyObjective:
             >>> EntropyObjective.dpo(beta=0.1).pair_loss_and_slope(torch.zeros(1))
             (tensor([0.6931]), tensor([-0.5000]))
         """
-        eps = _check_smoothing(loss, label_smoothing)
+        eps = check_smoothing(loss, label_smoothing)
         z = _at_least_fp32(margin)
         if loss == "sigmoid":
             value = -(1 - eps) * F.logsigmoid(z) - eps * F.logsigmoid(-z)
@@ -256,7 +258,7 @@ class EntropyObjective:
         return _at_least_fp32(ref_logps)
 
 
-def _check_smoothing(loss: str, label_smoothing: float) -> float:
+def check_smoothing(loss: str, label_smoothing: float) -> float:
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}; pick one of these")
     eps = _non_negative("label_smoothing", label_smoothing, "it is the share of labels taken as flipped, 0 for none")
@@ -278,9 +280,10 @@ def _check_shape(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
 
 def _real(name: str, value: float, remedy: str, above: float = -math.inf, rule: str = "") -> float:
     """The value as a float if it is finite and > above."""
-    if not isinstance(value, Real) or not math.isfinite(value) or not value > above:
-        raise ValueError(f"{name} must be a finite number{rule}, got {value!r}; {remedy}")
-    return float(value)
+    if isinstance(value, Real) and above < value < math.inf:
+        with suppress(OverflowError):  # an int that no float holds
+            return float(value)
+    raise ValueError(f"{name} must be a finite number{rule}, got {reprlib.repr(value)}; {remedy}")
 
 
 def _positive(name: str, value: float, remedy: str) -> float:

@@ -153,6 +153,11 @@ class SequencePlan:
     groups: tuple[Group, ...] = ()  # in the order they are processed; none under recompute
 
 
+def check_strategy(strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is not one of {STRATEGIES}.")
+
+
 def plan_sequences(
     lengths: Sequence[int],
     v: int,
@@ -187,8 +192,7 @@ def plan_sequences(
     Raises:
         ValueError: an unknown strategy, or "deferred" for a loss that cannot be.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} is not one of {STRATEGIES}.")
+    check_strategy(strategy)
     if strategy == "deferred" and not can_defer:
         raise ValueError("strategy='deferred' is for losses that see a pair through its margin alone; use 'auto'.")
     bounds = [(i, min(i + coupled, len(lengths))) for i in range(0, len(lengths), coupled)] if coupled else []

@@ -225,10 +225,10 @@ BAD = {
     "labels shape": (dict(labels=torch.tensor([0, 1])), r"labels has shape \(2,\)"),
     "temperature": (dict(temperature=-1.0), r"temperature=-1.0"),
     "budget": (dict(workspace_bytes=100), r"workspace_bytes=100 holds no tile; give at least"),
-    "budget text": (dict(workspace_bytes="64MB"), r"workspace_bytes='64MB' must be a whole number"),
+    "budget text": (dict(workspace_bytes="64MB"), r"workspace_bytes='64MB' must be an int"),
     "bias list": (dict(bias=[0.0] * 30), r"bias must be a tensor"),
     "bias integers": (dict(bias=torch.ones(30, dtype=torch.int64)), r"bias has dtype torch.int64"),
-    "weight device": (dict(weight=torch.empty(30, 8, device="meta")), r"weight is on meta"),
+    "weight device": (dict(weight=torch.empty(30, 8, device="meta")), r"weight is on the meta device"),
 }
 
 

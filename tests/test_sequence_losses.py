@@ -336,7 +336,7 @@ def test_empty_and_ignored():
         ({"pair_weights": torch.ones(2)}, "pair_weights has shape"),
         ({"loss": "logistic"}, "loss must be one of"),
         ({"label_smoothing": 0.7}, "label_smoothing must be"),
-        ({"nll_coef": -1}, "nll_coef=-1 must be"),
+        ({"nll_coef": -1}, "nll_coef must be a finite number >= 0, got -1"),
         ({"reduction": "none"}, "reduction='none' must be"),
         ({"strategy": "fast"}, "strategy='fast' is not one of"),
         ({"labels": torch.full((61,), 301)}, r"labels\[0\]=301 is outside"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from numbers import Real
 
 import torch
@@ -15,11 +16,10 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_outputs(outputs: tuple[str, ...]) -> tuple[str, ...]:
-    outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    unknown = [name for name in outputs if name not in TokenStats._fields]
-    if unknown or not outputs:
+    names = (outputs,) if isinstance(outputs, str) else outputs
+    if not isinstance(names, (tuple, list, set, frozenset)) or not names or not set(names) <= set(TokenStats._fields):
         raise ValueError(f"outputs={outputs!r} must name one or more of {TokenStats._fields}.")
-    return outputs
+    return tuple(names)
 
 
 def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
@@ -27,6 +27,10 @@ def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
         raise ValueError(f"{name} must be a tensor {shape}, got {type(tensor).__name__}.")
     if tensor.dtype not in FLOATING:
         raise ValueError(f"{name} has dtype {tensor.dtype}; use float32, bfloat16, float16 or float64.")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} has layout {tensor.layout}; use {name}.to_dense().")
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, which holds no values; load it first.")
 
 
 def check_head(hidden_states: Tensor, weight: Tensor, labels: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
@@ -65,6 +69,8 @@ def check_offsets(cu_seqlens: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
         got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else cu_seqlens
         raise ValueError(f"cu_seqlens must be a 1-D int32 or int64 tensor of offsets, got {got!r}.")
+    if cu_seqlens.device.type == "meta":
+        raise ValueError("cu_seqlens is on the meta device, which holds no values; best keep it on the CPU.")
     if cu_seqlens.numel() == 0:
         raise ValueError("cu_seqlens is empty; it starts with 0 and ends with the number of rows.")
 
@@ -93,16 +99,32 @@ def check_values(labels: Tensor, vocab_size: int, ignore_index: int, row_tempera
             )
 
 
+def check_int(name: str, value: int, remedy: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}={reprlib.repr(value)} must be an int of 64 bits; {remedy}.")
+
+
 def check_workspace(workspace_bytes: int | None) -> None:
-    if workspace_bytes is not None and (not isinstance(workspace_bytes, int) or isinstance(workspace_bytes, bool)):
-        raise ValueError(
-            f"workspace_bytes={workspace_bytes!r} must be a whole number of bytes, or None for the default."
-        )
+    if workspace_bytes is not None:
+        check_int("workspace_bytes", workspace_bytes, "give a whole number of bytes, or None for the default")
 
 
 def check_number(name: str, value: float, remedy: str) -> None:
     if not isinstance(value, Real) or not SMALLEST <= value <= LARGEST:
-        raise ValueError(f"{name}={value!r} must be a finite number > 0, from {SMALLEST:g} to {LARGEST:g}; {remedy}.")
+        raise ValueError(
+            f"{name}={reprlib.repr(value)} must be a finite number > 0, from {SMALLEST:g} to {LARGEST:g}; {remedy}."
+        )
+
+
+def check_bias(name: str, bias: Tensor | None, vocab_size: int, device: torch.device) -> None:
+    if bias is None:
+        return
+    check_matrix(name, bias, "[V]")
+    if tuple(bias.shape) != (vocab_size,):
+        raise ValueError(
+            f"{name} has shape {tuple(bias.shape)}, expected ({vocab_size},): one entry per vocabulary id."
+        )
+    check_device(name, bias, device)
 
 
 def make_transform(
@@ -131,13 +153,7 @@ def make_transform(
     if softcap is not None:
         check_number("softcap", softcap, "use None for no cap")
     check_number("logit_scale", logit_scale, "use 1.0 for no scale")
-    if bias is not None:
-        check_matrix("bias", bias, "[V]")
-        if tuple(bias.shape) != (vocab_size,):
-            raise ValueError(
-                f"bias has shape {tuple(bias.shape)}, expected ({vocab_size},): one entry per vocabulary id."
-            )
-        check_device("bias", bias, device)
+    check_bias("bias", bias, vocab_size, device)
     if keep_mask is not None:
         if not isinstance(keep_mask, Tensor) or keep_mask.dtype != torch.bool or keep_mask.ndim == 0:
             got = (

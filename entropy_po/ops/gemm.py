@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 
 from entropy_po import pages
-from entropy_po.plan import slices
 from entropy_po.tiles import bf16_overlay, compiled_core
 from entropy_po.types import state_dtype
-
-# Columns of logits that the CPU's matrix library makes at a time: rows of 150,000, written in one product, take it longer.
-LOGITS_BLOCK = 2048
 
 _precision_lock = threading.Lock()
 
@@ -126,9 +122,7 @@ def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.
     if hidden.dtype != out.dtype:
         return _compiled_product(hidden, weight.t(), out, accumulate=False)
     with _bf16_matrix_unit(model_dtype == torch.bfloat16):
-        for cols in slices(0, weight.shape[0], LOGITS_BLOCK):
-            torch.mm(hidden, weight[cols].t(), out=out[:, cols])
-    return out
+        return torch.mm(hidden, weight.t(), out=out)
 
 
 def gradient_tile(tile: Tensor, dtype: torch.dtype) -> Tensor:

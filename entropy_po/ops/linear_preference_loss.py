@@ -11,17 +11,16 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import cache
-from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from entropy_po.objective import EntropyObjective
+from entropy_po.objective import EntropyObjective, _non_negative, check_smoothing
 from entropy_po.ops import checks, linear_token_stats, parallel, schema, sequences
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences, VocabSums
-from entropy_po.plan import Choice, SequencePlan, slices
+from entropy_po.plan import Choice, SequencePlan, check_strategy, slices
 from entropy_po.types import state_dtype, stats_from_state
 
 if TYPE_CHECKING:
@@ -161,14 +160,17 @@ def linear_preference_loss(
     hidden_states, weight, transform = checks.check_linear(
         hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
-    num_pairs = _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights)
-    if not (isinstance(nll_coef, Real) and 0 <= nll_coef < math.inf):
-        raise ValueError(f"nll_coef={nll_coef!r} must be a finite number >= 0; 0 for no anchor.")
+    num_pairs = _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights, hidden_states.device)
+    label_smoothing = check_smoothing(loss, label_smoothing)
+    check_strategy(strategy)
+    nll_coef = _non_negative("nll_coef", nll_coef, "0 for no anchor")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'; `losses` holds the value of each pair.")
     if not objective.needs_reference:
         ref_logps = ref_hidden_states = None
-    if ref_hidden_states is not None:
+    if ref_hidden_states is None:
+        ref_weight = ref_bias = None  # they say how to read the hidden states
+    else:
         if ref_weight is None:
             ref_weight, ref_bias = weight.detach(), None if bias is None else bias.detach()
         ref_hidden_states, ref_weight = checks.check_head(ref_hidden_states, ref_weight, labels, prefix="ref_")
@@ -176,12 +178,13 @@ def linear_preference_loss(
             raise ValueError(
                 f"ref_weight has {ref_weight.shape[0]} rows, weight has {weight.shape[0]}: one vocabulary, please."
             )
+        checks.check_bias("ref_bias", ref_bias, ref_weight.shape[0], ref_hidden_states.device)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, weight, bias)]
     results = torch.ops.entropy_po.linear_preference_loss(
         hidden_states, weight, bias, labels, cu_seqlens, None if ref_logps is None else ref_logps.detach().reshape(-1),
         ref_hidden_states, ref_weight, ref_bias, None if pair_weights is None else pair_weights.detach(),
         *schema.flat_options(transform, ignore_index, ("logps", "entropy"), backend, vocab_group),
-        objective.policy_coef, objective.ref_coef, loss, float(label_smoothing), float(nll_coef), reduction == "mean",
+        objective.policy_coef, objective.ref_coef, loss, label_smoothing, nll_coef, reduction == "mean",
         strategy, workspace_bytes, parallel.group_name("sequence_group", sequence_group), needs,
     )  # fmt: skip
     total, losses, margins, logps, entropy, ref, lengths, choice = results[:8]
@@ -201,7 +204,7 @@ def linear_preference_loss(
     )
 
 
-def _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights) -> int:
+def _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights, device: torch.device) -> int:
     checks.check_offsets(cu_seqlens)
     if cu_seqlens.numel() % 2 == 0:
         raise ValueError(
@@ -218,12 +221,18 @@ def _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weigh
                 f"ref_coef={objective.ref_coef:g} needs a reference: give one of ref_logps and ref_hidden_states, "
                 "or use EntropyObjective.qempo."
             )
-        if ref_logps is not None and tuple(ref_logps.shape) != (num_pairs, 2):
-            raise ValueError(
-                f"ref_logps has shape {tuple(ref_logps.shape)}, expected ({num_pairs}, 2): chosen, rejected."
-            )
-    if pair_weights is not None and tuple(pair_weights.shape) != (num_pairs,):
-        raise ValueError(f"pair_weights has shape {tuple(pair_weights.shape)}, expected ({num_pairs},).")
+        if ref_logps is not None:
+            checks.check_matrix("ref_logps", ref_logps, "[B, 2]")
+            checks.check_device("ref_logps", ref_logps, device)
+            if tuple(ref_logps.shape) != (num_pairs, 2):
+                raise ValueError(
+                    f"ref_logps has shape {tuple(ref_logps.shape)}, expected ({num_pairs}, 2): chosen, rejected."
+                )
+    if pair_weights is not None:
+        checks.check_matrix("pair_weights", pair_weights, "[B]")
+        checks.check_device("pair_weights", pair_weights, device)
+        if tuple(pair_weights.shape) != (num_pairs,):
+            raise ValueError(f"pair_weights has shape {tuple(pair_weights.shape)}, expected ({num_pairs},).")
     return num_pairs
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from entropy_po.ops import parallel
+from entropy_po.ops import checks, parallel
 from entropy_po.ops.parallel import VocabShards
 from entropy_po.types import TokenStats, Transform, state_dtype
 
@@ -36,6 +36,9 @@ def flat_options(
     backend: str | None,
     vocab_group: ProcessGroup | None,
 ) -> tuple:
+    checks.check_int("ignore_index", ignore_index, "it marks rows without a label")
+    if backend is not None and not isinstance(backend, str):
+        raise ValueError(f"backend={backend!r} must be a name from available_backends(), or None to choose by device.")
     t = transform
     options = t.row_temperature, t.keep_mask, float(t.temperature), float(t.logit_scale), t.softcap
     return *options, ignore_index, list(outputs), backend or "", parallel.group_name("vocab_group", vocab_group)

@@ -128,6 +128,8 @@ def sequence_loss(
         hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
     checks.check_offsets(cu_seqlens)
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a function of a SequenceBatch, got {loss_fn!r}.")
     if not isinstance(coupled, int) or coupled < 0 or (coupled and (cu_seqlens.numel() - 1) % coupled):
         raise ValueError(
             f"coupled={coupled!r} must be 0 (a term reads one token) or divide the {cu_seqlens.numel() - 1} sequences."

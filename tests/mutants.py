@@ -1,0 +1,139 @@
+"""Deliberate faults, put into a copy of the sources one at a time; of each, the test that must fail: `python tests/mutants.py`.
+
+A test suite that passes says little by itself. This shows of each line below that some test would notice if it were wrong.
+Words after the command choose faults by what they say. tests/test_mutants.py keeps this list in step with the sources.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Fault(NamedTuple):
+    what: str
+    file: str
+    right: str  # occurs once in the file
+    wrong: str
+    test: str  # under tests/, as pytest takes it
+
+
+CPP, STATE, TRITON = "csrc/tile.h", "entropy_po/types.py", "kernels/row_math.py"
+PAIR, SUMS, OBJECTIVE = (
+    "entropy_po/ops/linear_preference_loss.py",
+    "entropy_po/ops/sequences.py",
+    "entropy_po/objective.py",
+)
+WHOLE_FOLD, SPLIT_FOLD = (
+    "test_tiles.py::test_fold_and_grad_agree_with_fp64",
+    "test_tiles.py::test_tiles_in_any_split_and_order_equal_the_whole",
+)
+STRATEGIES, LOSSES = (
+    "test_sequence_losses.py::test_every_strategy_agrees_with_fp64",
+    "test_objective.py::test_losses_match_their_definitions",
+)
+
+FAULTS = [
+    # the tile mathematics in C++
+    Fault("t is not moved to the new maximum", CPP, "t = shrink == T(0) ? T(0) : (t + s * delta) * shrink;", "t *= shrink;", SPLIT_FOLD),
+    Fault("q shrinks once instead of twice", CPP, "q *= shrink * shrink;", "q *= shrink;", SPLIT_FOLD),
+    Fault("the label's distance stays at the old maximum", CPP, "label_d += delta;", "", SPLIT_FOLD),
+    Fault("sign of the entropy's gradient at the label", CPP, "- from_entropy * std::exp(log_p)", "+ from_entropy * std::exp(log_p)", WHOLE_FOLD),
+    Fault("a polynomial of exp with a digit too few", CPP, "0.16666576266288757f", "0.16666f", "test_tiles.py::test_exp_of_the_kernels"),
+    Fault("a bf16 tie rounds up instead of to even", "csrc/half.h", "0x7fffu + ((b >> 16) & 1u)", "0x8000u", "test_tiles.py::test_every_half_precision_result_rounds_as_torch_does"),
+    Fault("ignored rows are folded", "csrc/tile_cpu_impl.h", "if (a.labels[i] == a.ignore_index) continue;", "", "test_tiles.py::test_ignored_rows_are_not_touched_and_nan_does_not_leak"),
+    Fault("the maximum starts at 0", "csrc/tile_cpu_impl.h", "T m = Numeric<T>::kMinusInf;", "T m = T(0);", "test_traps.py::test_all_negative_logits"),
+    Fault("masked entries count as live", "csrc/tile_cpu_impl.h", "live += alive ? T(1) : T(0);", "live += T(1);", WHOLE_FOLD),
+    Fault("the softcap's slope is dropped", "csrc/tile_cpu_impl.h", "dz[j] *= slope[j];", "", WHOLE_FOLD),
+    Fault("the entropy's mean is dropped from its gradient", "csrc/tile_cpu_impl.h", "entropy_scale * (d - mean_d)", "entropy_scale * d", WHOLE_FOLD),
+    Fault("a bf16 product forgets what it adds to", "csrc/gemm_bf16.cpp", "g.accumulate || now.begin > 0", "now.begin > 0", "test_gemm_bf16.py"),
+    # what is made of the row state
+    Fault("sign of t in the entropy", STATE, "(log_s - t / s)", "(log_s + t / s)", WHOLE_FOLD),
+    Fault("a shard's t is not moved to the common maximum", STATE, "((t + s * delta) * shrink).sum(0)", "(t * shrink).sum(0)", "test_kernels_cpu.py::test_states_of_shards_merge_into_that_of_the_whole"),
+    Fault("a shard's label is not moved to the common maximum", STATE, "at_owner(label_d + delta)", "at_owner(label_d)", "test_kernels_cpu.py::test_states_of_shards_merge_into_that_of_the_whole"),
+    # the tile mathematics in Triton
+    Fault("Triton: t is not moved to the new maximum", TRITON, "t = (t + s * delta) * shrink", "t = t * shrink", "test_kernels_triton.py::test_split_tiles_equal_the_whole"),
+    Fault("Triton: sign of the entropy's gradient at the label", TRITON, "- g_entropy * p * (d - mean_d)", "+ g_entropy * p * (d - mean_d)", "test_kernels_triton.py::test_statistics_and_gradients"),
+    Fault("Triton: columns past the vocabulary count as exp(0)", TRITON, 'other=float("-inf")', "other=0.0", "test_kernels_triton.py::test_every_tail"),
+    # objectives
+    Fault("sign of the reference in the margin", OBJECTIVE, "return z - self.ref_coef * (ref_w - ref_l)", "return z + self.ref_coef * (ref_w - ref_l)", "test_objective.py::test_margin_and_loss_match_the_printed_vectors"),
+    Fault("label smoothing is missing from the slope", OBJECTIVE, "return value, eps * torch.sigmoid(z) - (1 - eps) * torch.sigmoid(-z)", "return value, -torch.sigmoid(-z)", "test_objective.py::test_slope_is_the_derivative_of_the_loss"),
+    Fault("IPO without its coefficient", OBJECTIVE, "gap = (z - 0.5) / self.policy_coef", "gap = z - 0.5", LOSSES),
+    Fault("sign of the entropy in the shaped reward", OBJECTIVE, "_at_least_fp32(rewards) - self.implicit_reward", "_at_least_fp32(rewards) + self.implicit_reward", "test_objective.py::test_policy_gradient_of_shaped_reward_is_the_gradient_of_the_objective"),
+    Fault("the baseline holds the answer itself", "entropy_po/policy_gradient.py", " * (size / (size - 1))", "", "test_online.py::test_expected_gradient_is_the_objectives_over_all_answers"),
+    Fault("the optimistic side of the clip", "entropy_po/policy_gradient.py", "torch.minimum(whole, clipped)", "torch.maximum(whole, clipped)", "test_online.py::test_later_steps_use_the_ratio_to_the_policy_that_sampled"),
+    # gradients over tiles
+    Fault("the anchor is dropped from dH of a long pair", PAIR, "sums.scale_hidden_(chosen, scalar - anchor)", "sums.scale_hidden_(chosen, scalar)", STRATEGIES),
+    Fault("the rejected answer begins one row late", PAIR, "g_logp[max(chosen.stop - part.start, 0) :] = -1", "g_logp[max(chosen.stop - part.start, 0) + 1 :] = -1", STRATEGIES),
+    Fault("each tile's dW overwrites the last one's", SUMS, "        if self.bias is not None:\n            self.bias += gradient.sum(0, dtype=self.bias.dtype)\n        self.empty = False", "        if self.bias is not None:\n            self.bias += gradient.sum(0, dtype=self.bias.dtype)", STRATEGIES),
+    Fault("the upstream gradient is dropped from a second backward", SUMS, "saved = saved * factor", "saved = saved * 1", "test_sequence_losses.py::test_backward_again"),
+    Fault("kept rows are spread over those not yet moved", "entropy_po/ops/lm_head.py", "for part in reversed(list(slices(0, head.num_kept, 128))):", "for part in slices(0, head.num_kept, 128):", "test_linear_token_stats.py"),
+    Fault("dH of a split vocabulary is not summed", "entropy_po/ops/lm_head.py", "        head.shards.ranks.sum_(result[: head.num_kept])\n", "", "test_parallel.py::test_linear_token_stats_over_a_split_vocabulary"),
+    Fault("memory goes back while a tensor is over it", "entropy_po/pages.py", "    weakref.finalize(array, _give_back, pages).atexit = False\n", "    _give_back(pages)\n", "test_pages.py"),
+]  # fmt: skip
+
+
+def copy_sources(folder: Path) -> None:
+    """What git tracks and the compiled core, so that a fault never touches the checkout."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in [*filter(None, listed.split("\0")), *(p.relative_to(ROOT) for p in ROOT.glob("entropy_po/_C*.so"))]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+
+
+def build(folder: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    env = {**os.environ, "ENTROPY_PO_CUDA": "0"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+
+
+def passes(folder: Path, test: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{test} did not run: {(done.stdout + done.stderr)[-2000:]}")
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    faults = [fault for fault in FAULTS if all(word.lower() in fault.what.lower() for word in words)]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_sources(folder)
+        for test in dict.fromkeys(fault.test for fault in faults):
+            if not passes(folder, test):
+                raise SystemExit(f"{test} fails without any fault")
+        cores = {path: path.read_bytes() for path in folder.glob("entropy_po/_C*.so")}
+        for number, fault in enumerate(faults, 1):
+            start, path = time.monotonic(), folder / fault.file
+            text = path.read_text()
+            assert text.count(fault.right) == 1, fault
+            path.write_text(text.replace(fault.right, fault.wrong))
+            compiled = fault.file.startswith("csrc/")
+            if compiled:
+                build(folder)
+            caught = not passes(folder, fault.test)
+            path.write_text(text)
+            if compiled:
+                for core, content in cores.items():
+                    core.write_bytes(content)
+            survivors += not caught
+            seconds = time.monotonic() - start
+            print(f"{number}/{len(faults)} {'caught' if caught else 'SURVIVED'} {seconds:4.0f} s  {fault.what}  [{fault.test}]", flush=True)  # fmt: skip
+    print(f"{len(faults) - survivors} of {len(faults)} faults caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
