@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; None for those of the process.
     Returns:
-        Exit status: 0, 2 for a user's error, 130 for an interrupt, or what the command returned.
+        Exit status: 0, 2 for a user's error, 130 for an interrupt, 141 for a reader that has gone, or what the command
+            returned.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in argv or os.environ.get("ENTROPY_PO_TRACEBACK", "0") not in ("", "0")
@@ -56,11 +57,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         run = TRAINING.get(command) or importlib.import_module(COMMANDS[command][0]).main
-        return run(rest) or 0
-    except KeyboardInterrupt:
-        print("entropy-po: interrupted", file=sys.stderr)
+        status = run(rest) or 0
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt as error:
+        print(f"entropy-po: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+    except BrokenPipeError:  # who read the output, `head` for one, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError) as error:
         if traceback:
             raise
         print(f"entropy-po {command}: {_one_line(error)}", file=sys.stderr)

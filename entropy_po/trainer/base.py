@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from entropy_po.memory import peak_bytes
 from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
 from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint
 from entropy_po.trainer.config import TrainingConfig
+from entropy_po.trainer.safety import StopAfterStep, check_finite, only_run_in
 
 
 class HeadTrainer(Trainer):
@@ -30,6 +32,8 @@ class HeadTrainer(Trainer):
             self.add_callback(QuietProgress)
         self.pop_callback(PrinterCallback)
         self.add_callback(MetricsFile)
+        self._stop = StopAfterStep(self)
+        self.add_callback(self._stop)
         self._sums: dict[str, Tensor] = {}
         self._window_start = time.perf_counter()
         if self.args.check_head:
@@ -50,6 +54,16 @@ class HeadTrainer(Trainer):
             return total / max(num_items, 1)
         # Data parallelism averages gradients over ranks, and the count is that of all ranks.
         return total * self.accelerator.num_processes / num_items_in_batch
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
+        """As Trainer.training_step, which looks at every loss too, but to leave a NaN out of its mean.
+
+        Raises:
+            FloatingPointError: the loss is no finite number.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        check_finite(loss, inputs, self.state.global_step + 1, self.args.output_dir, self.args.process_index)
+        return loss
 
     # ---- metrics ----
 
@@ -100,7 +114,10 @@ class HeadTrainer(Trainer):
         """As transformers.Trainer.train, and a checkpoint that was not written to its end is never resumed from.
 
         Raises:
-            ValueError: the checkpoint is incomplete, or True was given and there is no complete one.
+            ValueError: the checkpoint is incomplete, True was given and there is no complete one, or another run is writing
+                to output_dir.
+            FloatingPointError: a loss that is no finite number; the batch is kept.
+            KeyboardInterrupt: after Ctrl-C, when the step that ran is saved.
         """
         if isinstance(resume_from_checkpoint, bool):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
@@ -112,7 +129,13 @@ class HeadTrainer(Trainer):
             raise ValueError("train_dataset must be given to train; this trainer was made to evaluate.")
         self._sums.clear()
         self._window_start = time.perf_counter()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        alone = only_run_in(self.args.output_dir) if self.args.process_index == 0 else nullcontext()
+        with alone, self._stop.listening():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def resumable_after(self, step: int) -> bool:
+        """Whether a run can go on from a checkpoint of this step."""
+        return True
 
 
 def load_parts(model: nn.Module | str, args: TrainingConfig, processing_class, peft_config) -> tuple[nn.Module, object]:

@@ -318,6 +318,9 @@ class OnlineTrainer(HeadTrainer):
         if self.ascent is not None:
             self.ascent.load_state(json.loads((Path(resume_from_checkpoint) / DUAL_FILE).read_text(encoding="utf-8")))
 
+    def resumable_after(self, step: int) -> bool:
+        return step % self.args.num_iterations == 0
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As HeadTrainer.train. Says at the end if the constraints were not met."""
         self._rollouts = []
