@@ -104,7 +104,7 @@ def main(kills: int, seed: int) -> None:
             folder.mkdir()
             while not (folder / "done.json").exists():
                 child = forked(folder)
-                status = wait(child, chance.uniform(0, 0.8) * seconds if killed < kills else 600)
+                status = wait(child, chance.uniform(0, 1.6) * seconds if killed < kills else 600)
                 check_status(status, folder)
                 if status is None:
                     os.kill(child, signal.SIGKILL)
