@@ -60,7 +60,20 @@ def test_threads(tmp_path, seed):
     run(program, seed, 60, TSAN_OPTIONS="halt_on_error=1")
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The kernels as they are shipped."""
+    return build(tmp_path_factory.mktemp("kernels"))
+
+
+def test_twenty_thousand_tiles(program, seed):
+    """Five pairs of dtypes and a product per round and instruction set."""
+    found = run(program, seed, 1400).stdout
+    isas = int(found.split()[3])
+    assert 1400 * 5 * isas >= 20_000 or isas < 3, found
+
+
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
-def test_values_never_written(tmp_path, seed):
+def test_values_never_written(program, seed):
     """valgrind has no AVX-512: it runs the other levels, and sees a branch on memory that nobody wrote."""
-    run(build(tmp_path), seed, 8, ["valgrind", "--error-exitcode=9", "--quiet"])
+    run(program, seed, 8, ["valgrind", "--error-exitcode=9", "--quiet"])
