@@ -102,3 +102,8 @@ def test_a_killed_rank_leaves_an_error_and_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("reshard", [True, None])
 def test_fully_sharded_data_parallelism(ranks, seed, tied, own_unit, reshard):
     ranks.run(cases.fully_sharded, seed, tied, reshard, own_unit)
+
+
+@pytest.mark.parametrize("own_unit", [False, True])
+def test_a_fused_head_under_fsdp2_has_the_whole_models_loss_and_gradients(ranks, own_unit):
+    ranks.run(cases.fused_head_fully_sharded, 0, own_unit)
