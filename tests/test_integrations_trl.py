@@ -21,6 +21,8 @@ from entropy_po.integrations.trl import (  # noqa: E402
     HDPOConfig,
     HDPOTrainer,
     QEMPOConfig,
+    QEMPOGRPOConfig,
+    QEMPOGRPOTrainer,
     QEMPOTrainer,
     accelerate_trl,
     check_version,
@@ -262,6 +264,171 @@ def test_wrong_arguments_are_named(paths, tmp_path):
     with pytest.raises(ValueError, match=r"ref_model and sync_ref_model are not read where mu=0.*lam=2"):
         args = QEMPOConfig(output_dir=str(tmp_path), lam=2.0, **QUIET)
         QEMPOTrainer(model, load(paths["Llama"]), args, train_dataset=rows)
+
+
+# ---- online
+
+PROMPTS = [
+    {"prompt": text, "weight": i} for i, text in enumerate(("the sky is", "what color is the sun", "why is blue"))
+]
+GROUP = 4
+
+
+def reward(completion_ids, weight, **_):
+    """Something that differs within a group, by prompt, and is cheap."""
+    return [(sum(ids) % 7) / 7 + w for ids, w in zip(completion_ids, weight, strict=True)]
+
+
+def make_online(trainer_class, config_class, folder, model, peft_config=None, reward_funcs=reward, **options):
+    defaults = {"num_generations": GROUP, "per_device_train_batch_size": 2 * GROUP, "max_completion_length": 5}
+    defaults |= {"per_device_eval_batch_size": GROUP, "gradient_checkpointing": False}
+    args = config_class(output_dir=str(folder), **{**QUIET, **defaults, **options})
+    return trainer_class(
+        model, reward_funcs, args, train_dataset=datasets.Dataset.from_list(PROMPTS), processing_class=make_tokenizer(),
+        eval_dataset=datasets.Dataset.from_list(PROMPTS[:1]), peft_config=peft_config,
+    )  # fmt: skip
+
+
+ONLINE_UNLIKE = ("step_time", "profiling", "completions/", "logits/")
+
+
+@pytest.mark.parametrize("name", ["plain", "lora, a reference and accumulation"])
+def test_grpo_is_the_same_accelerated(name, paths, tmp_path, operator_calls):
+    options, adapter = {}, None
+    if name != "plain":
+        options = {
+            "beta": 0.1,
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": GROUP,
+            "num_iterations": 2,
+        }
+        adapter = peft.LoraConfig(**LORA)
+    path = paths["Llama"]
+    theirs = run(make_online(trl.GRPOTrainer, trl.GRPOConfig, tmp_path / "theirs", load(path), adapter, **options))
+    assert not operator_calls
+    accelerate_trl()
+    ours = run(make_online(trl.GRPOTrainer, trl.GRPOConfig, tmp_path / "ours", load(path), adapter, **options))
+    assert operator_calls["linear_token_stats_backward"] == 3 * options.get("gradient_accumulation_steps", 1)
+    assert_same_run(ours, theirs, left_out=ONLINE_UNLIKE)
+
+
+def test_without_entropy_online_qempo_is_grpo(paths, tmp_path):
+    """lam without bound leaves the reward. A baseline without the answer itself is G / (G - 1) times GRPO's."""
+    accelerate_trl()
+    path, step = paths["Llama"], QUIET["learning_rate"]
+    options = {"loss_type": "dr_grpo", "scale_rewards": "none", "max_steps": 2, "lr_scheduler_type": "constant"}
+    more = {**options, "learning_rate": step * GROUP / (GROUP - 1)}
+    theirs = run(make_online(trl.GRPOTrainer, trl.GRPOConfig, tmp_path / "theirs", load(path), **more))
+    ours = run(make_online(QEMPOGRPOTrainer, QEMPOGRPOConfig, tmp_path / "ours", load(path), lam=1e9, **options))
+    assert torch.linalg.norm(ours[2] - theirs[2]) <= 1e-5 * torch.linalg.norm(theirs[2])
+    assert ours[0][0]["reward"] == theirs[0][0]["reward"] and ours[0][0]["policy_coef"] == pytest.approx(1e-9)
+
+
+def answer_logps(model, inputs, mask):
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attended = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    positions = (attended.cumsum(1) - 1).clamp_min(0)
+    logits = model(input_ids=ids, attention_mask=attended, position_ids=positions).logits[:, :-1]
+    per_token = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return (per_token[:, -mask.shape[1] :] * mask).sum(1)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_advantages_and_gradient_are_those_of_the_objective(adapted, paths, tmp_path):
+    """The loss, by hand: minus the mean over answers of advantage times log-prob, advantages of the shaped reward."""
+    accelerate_trl()
+    reference = load(paths["Llama"])
+    adapter = peft.LoraConfig(**LORA) if adapted else None
+    lam, mu = 3.0, 1.5
+    trainer = make_online(
+        QEMPOGRPOTrainer, QEMPOGRPOConfig, tmp_path, load(paths["Llama"]), adapter, lam=lam, mu=mu, loss_type="luspo",
+        importance_sampling_level="sequence",
+    )  # fmt: skip
+    assert trainer.args.beta == 0 and (trainer.ref_model is None) == adapted
+    with torch.no_grad():  # policy and reference differ, or mu would not show
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # as the loop sets it
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    mask = inputs["completion_mask"].float()
+    logps = answer_logps(trainer.model, inputs, mask)
+    with torch.no_grad():
+        ref_logps = answer_logps(reference, inputs, mask)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    # the batch was shuffled with its advantages: rewards by answer, groups by prompt
+    prompts = [
+        trainer.processing_class.decode(ids[m == 1])
+        for ids, m in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
+    ]
+    weight = {row["prompt"]: row["weight"] for row in PROMPTS}
+    ids = [row[m == 1].tolist() for row, m in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]
+    rewards = torch.tensor(reward(ids, [weight[prompt] for prompt in prompts]))
+    shaped = rewards - (1 + mu) / lam * logps.detach() + mu / lam * ref_logps
+    for prompt in set(prompts):
+        group = torch.tensor([other == prompt for other in prompts])
+        others = (shaped[group].sum() - shaped[group]) / (GROUP - 1)
+        torch.testing.assert_close(inputs["advantages"][group], shaped[group] - others, rtol=1e-4, atol=1e-4)
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(loss, parameters)
+    truth = torch.autograd.grad(-(inputs["advantages"] * logps).mean(), parameters)
+    for mine, other in zip(ours, truth, strict=True):
+        assert torch.linalg.norm(mine - other) <= 1e-4 * torch.linalg.norm(torch.cat([g.flatten() for g in truth]))
+
+
+def test_dual_control_moves_lam_and_mu_and_resumes(paths, tmp_path):
+    accelerate_trl()
+    options = {"lam": 50.0, "min_reward": 5.0, "max_kl": 0.5, "lam_lr": 0.1, "dual_warmup": 1, "max_steps": 4}
+    options |= {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    trainer = make_online(QEMPOGRPOTrainer, QEMPOGRPOConfig, tmp_path / "a", load(paths["Llama"]), **options)
+    rows, evaluation, _ = run(trainer)
+    lam = 50.0
+    for i, row in enumerate(rows):
+        if i >= options["dual_warmup"]:
+            lam *= torch.tensor(0.1 * (5.0 - row["reward"])).exp().item()
+        assert row["lam"] == pytest.approx(lam, rel=1e-4)
+        assert row["mu"] >= 0 and row["entropy/sequence"] > 0 and "kl" in row
+    assert trainer.ascent.updates == 4 and evaluation["eval_reward"] > 0  # evaluation moves nothing
+    again = make_online(QEMPOGRPOTrainer, QEMPOGRPOConfig, tmp_path / "b", load(paths["Llama"]), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert again.ascent.updates == 4
+    assert again.state.log_history[2]["lam"] == pytest.approx(rows[2]["lam"], rel=1e-4)
+
+
+def test_an_answer_that_no_function_judges_has_no_advantage(paths, tmp_path):
+    accelerate_trl()
+    abstaining = lambda completion_ids, **_: [None, *(float(len(ids)) for ids in completion_ids[1:])]  # noqa: E731
+    trainer = make_online(
+        QEMPOGRPOTrainer, QEMPOGRPOConfig, tmp_path, load(paths["Llama"]), reward_funcs=abstaining, lam=2.0
+    )
+    advantages = []
+    score = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: advantages.append(score(inputs)) or advantages[-1]
+    trainer.train()
+    assert all(batch["advantages"][0] == 0 and batch["advantages"].isfinite().all() for batch in advantages)
+
+
+WRONG_ONLINE = {
+    "normalised by length": ({"loss_type": "dapo"}, r"loss_type='dapo' is another objective than QEMPO.*'dr_grpo'"),
+    "normalised by spread": ({"scale_rewards": "group"}, r"scale_rewards='group' is another objective"),
+    "KL in the loss": ({"beta": 0.04}, r"beta=0.04 is another objective"),
+    "no lam": ({"lam": None}, r"lam must be given"),
+    "lam": ({"lam": -1.0}, r"lam"),
+    "a target without a goal": ({"relative_to": "x"}, r"relative_to needs min_reward, max_kl or both"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ONLINE)
+def test_another_objective_is_refused(name, tmp_path):
+    options, message = WRONG_ONLINE[name]
+    with pytest.raises(ValueError, match=message):
+        QEMPOGRPOConfig(output_dir=str(tmp_path), num_generations=8, **{**QUIET, "lam": 2.0, **options})
+
+
+def test_plain_grpo_arguments_are_refused(paths, tmp_path):
+    with pytest.raises(ValueError, match=r"args must be a QEMPOGRPOConfig, got GRPOConfig"):
+        make_online(QEMPOGRPOTrainer, trl.GRPOConfig, tmp_path, load(paths["Llama"]))
 
 
 # ---- the functions themselves

@@ -29,6 +29,7 @@ from entropy_po.integrations.trl.accelerate import (  # noqa: E402
     restore_trl,
     selective_log_softmax_and_entropy,
 )
+from entropy_po.integrations.trl.online import QEMPOGRPOConfig, QEMPOGRPOTrainer  # noqa: E402
 from entropy_po.integrations.trl.preference import (  # noqa: E402
     HDPOConfig,
     HDPOTrainer,
@@ -40,6 +41,8 @@ __all__ = [
     "HDPOConfig",
     "HDPOTrainer",
     "QEMPOConfig",
+    "QEMPOGRPOConfig",
+    "QEMPOGRPOTrainer",
     "QEMPOTrainer",
     "accelerate_trl",
     "restore_trl",

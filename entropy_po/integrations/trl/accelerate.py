@@ -9,6 +9,7 @@ from torch import Tensor
 from trl.trainer import utils
 
 from entropy_po.answers import IGNORE_INDEX
+from entropy_po.integrations.logits import entropy_from_logits, logps_from_logits
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.token_stats import token_stats
 
@@ -133,7 +134,7 @@ def _selective_log_softmax(
 ) -> Tensor:
     if index.ndim == logits.ndim:  # [..., K]
         return _originals["selective_log_softmax"](logits, index, temperature, row_mask)
-    return token_stats(logits, _labels(index, row_mask), outputs=("logps",), temperature=temperature).logps
+    return logps_from_logits(logits, _labels(index, row_mask), temperature=temperature)
 
 
 def _selective_log_softmax_and_entropy(
@@ -149,8 +150,7 @@ def _selective_log_softmax_and_entropy(
 
 
 def _entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    labels = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
-    return token_stats(logits, labels, outputs=("entropy",)).entropy
+    return entropy_from_logits(logits)
 
 
 # What takes the place of what, by the names in trl.trainer.utils: there alone, and wherever they were imported to.
