@@ -172,6 +172,19 @@ def test_dpo_is_the_same_accelerated(name, paths, tmp_path, operator_calls):
     assert {"logits/chosen", "mean_token_accuracy", "entropy"} <= ours[0][0].keys()
 
 
+def test_bf16_mixed_precision(paths, tmp_path, operator_calls):
+    """Under autocast TRL rounds logits to bf16, these operators do not: losses agree as far as that rounding goes."""
+    options, path = {"beta": 0.5, "bf16": True}, paths["Llama"]
+    theirs = run(make_trainer(trl.DPOTrainer, trl.DPOConfig, tmp_path / "theirs", load(path), **options))
+    ours = run(make_trainer(HDPOTrainer, HDPOConfig, tmp_path / "ours", load(path), alpha=1.0, **options))
+    accelerate_trl()
+    routed = run(make_trainer(trl.DPOTrainer, trl.DPOConfig, tmp_path / "routed", load(path), **options))
+    assert operator_calls["linear_preference_loss"] == 4 and operator_calls["linear_token_stats_backward"] == 3
+    for mine in (ours, routed):
+        assert [row["loss"] for row in mine[0]] == pytest.approx([row["loss"] for row in theirs[0]], rel=0.03)
+        assert mine[1]["eval_loss"] == pytest.approx(theirs[1]["eval_loss"], rel=0.03)
+
+
 @pytest.mark.parametrize("method", ["hdpo", "qempo", "qempo_kl"])
 def test_loss_and_gradients_equal_plain_torch(method, paths, tmp_path):
     trainer_class, config_class, options, a, b = {

@@ -98,3 +98,19 @@ def fused_head_fully_sharded(own_unit):
         error = (ours.grad.full_tensor() - truth.grad).norm() / truth.grad.norm()
         assert error <= 5e-6, f"{name}: {error:.1e}"
     assert model(input_ids=mine).logits.shape == (2, 7, 32)
+
+
+def run_trl(folder, path, batch_size):
+    """(rows of metrics, evaluation, weights) of H-DPO on TRL's trainer on this many ranks."""
+    from test_integrations_trl import QUIET, load, make_trainer
+    from test_integrations_trl import run as run_trainer
+
+    from entropy_po.integrations.trl import HDPOConfig, HDPOTrainer
+
+    options = {
+        **QUIET,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "alpha": 0.8,
+    }
+    return run_trainer(make_trainer(HDPOTrainer, HDPOConfig, folder, load(path), **options))
