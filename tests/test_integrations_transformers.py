@@ -15,7 +15,7 @@ pytest.importorskip("accelerate")
 sys.path.insert(0, str(Path(__file__).parent))
 from test_heads import COMMON, FAMILIES, make_model, padded_batch  # noqa: E402
 
-from entropy_po.integrations.transformers import FusedOutput, fuse_lm_head  # noqa: E402
+from entropy_po.integrations.transformers import FusedOutput, fuse_lm_head, unfuse_lm_head  # noqa: E402
 
 
 def labelled_batch():
@@ -188,6 +188,8 @@ def test_a_copy_has_weights_of_its_own_and_a_second_call_replaces_the_first(llam
     assert twin(ids).logits.abs().sum() > 0 == llama(ids).logits.abs().sum()
     fuse_lm_head(llama, outputs=("logps",))
     assert llama(**batch).entropy is None and llama(ids).logits.shape == (2, 9, 61)
+    for _ in range(2):
+        assert unfuse_lm_head(llama)(**batch).logits.shape == (2, 9, 61)
 
 
 def test_the_trainer_of_transformers_takes_the_same_steps(llama, tmp_path, operator_calls):

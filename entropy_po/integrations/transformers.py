@@ -45,7 +45,7 @@ def fuse_lm_head(
 
     Args:
         model: a causal language model of transformers, or a PeftModel around one, not yet wrapped by FSDP2 or DDP. Changed in
-            place, and again with other arguments by a second call. `del model.forward` on the inner model undoes it.
+            place, and again with other arguments by a second call; `unfuse_lm_head` undoes it.
         outputs: "logps", and "entropy" where it is wanted; an output that is not named costs nothing.
         temperature: divides the logits of every fused call, the loss included.
         workspace_bytes: as in `linear_token_stats`.
@@ -63,9 +63,8 @@ def fuse_lm_head(
         raise ValueError(
             f"outputs={outputs!r} must hold 'logps', and may hold 'entropy': the loss is made of log-probs."
         )
+    unfuse_lm_head(model)
     base = unwrap(model)
-    if hasattr(base, "_unfused_forward"):
-        del base.forward
     # kept on the model, so that a deepcopy calls its own forward and not the original's
     base._unfused_forward = base.forward
     options = {"outputs": outputs, "temperature": temperature, "workspace_bytes": workspace_bytes}
@@ -83,8 +82,16 @@ def fuse_lm_head(
         try:
             _check(model)
         except ValueError:
-            del base.forward, base._unfused_forward
+            unfuse_lm_head(model)
             raise
+    return model
+
+
+def unfuse_lm_head(model: nn.Module) -> nn.Module:
+    """The model with the forward that it had before `fuse_lm_head`; without that, as it is."""
+    base = unwrap(model)
+    if hasattr(base, "_unfused_forward"):
+        base.forward = base.__dict__.pop("_unfused_forward")
     return model
 
 
