@@ -22,15 +22,15 @@ class Answers(NamedTuple):
     aux_loss: Tensor | None  # router loss of a mixture of experts
 
     @classmethod
-    def of(cls, model: nn.Module, batch: dict[str, Tensor]) -> "Answers":
+    def of(cls, model: nn.Module, batch: dict[str, Tensor], **inputs) -> "Answers":
         """Run the model on input_ids [S, L] and attention_mask; labels [S, L] are IGNORE_INDEX but in the answers.
 
-        Position t predicts label t + 1, so the first label of a sequence is never used.
+        Position t predicts label t + 1, so the first label of a sequence is never used. `inputs` go to the model too.
         """
         labels = batch["labels"][:, 1:]
         answered = labels != IGNORE_INDEX
         sequence, position = answered.nonzero(as_tuple=True)
-        hidden, aux_loss = backbone_hidden_states(model, batch["input_ids"], batch["attention_mask"])
+        hidden, aux_loss = backbone_hidden_states(model, batch["input_ids"], batch["attention_mask"], **inputs)
         head = head_of(model)
         lengths = answered.sum(1).cpu()
         return cls(

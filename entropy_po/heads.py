@@ -5,9 +5,10 @@ projections and model-specific scalings before the head need no case here. What 
 softcap) is read from the configuration. No family is accepted by its name: `check_head` compares numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,20 +94,43 @@ def backbone_hidden_states(
     input_ids: Tensor,  # [B, L] int64
     attention_mask: Tensor | None = None,  # [B, L], 0 at padding
     position_ids: Tensor | None = None,  # [B, L] int64
+    **inputs,
 ) -> tuple[Tensor, Tensor | None]:
     """The hidden states that the head reads, and the router loss of a mixture of experts; no logits are formed.
 
-    The model's own forward runs whole, so wrappers (DDP, FSDP2, PEFT, autocast, activation checkpointing) see a normal
-    call; only the head is handed zero tokens. Under FSDP2 the head's unit is told to stay gathered until its backward, as a
-    root's does by default: the loss reads the weight after the forward, and its gradient then leaves with the unit's own.
-
     Args:
         model: as for `head_of`, a DistributedDataParallel around one, or one that `fully_shard` was applied to.
-        input_ids, attention_mask, position_ids: as the model's forward takes them.
+        input_ids, attention_mask, position_ids, inputs: as the model's forward takes them.
     Returns:
         hidden_states [B, L, D], differentiable; and the scalar aux_loss where the model returns one, else None.
     Raises:
         ValueError: the model's forward never calls its output embeddings.
+    """
+    inputs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+    given = {name: value for name, value in inputs.items() if value is not None}
+    hidden, outputs = forward_without_logits(
+        model, model, input_ids.shape, input_ids=input_ids, use_cache=False, **given
+    )
+    return hidden, getattr(outputs, "aux_loss", None)
+
+
+def forward_without_logits(
+    model: nn.Module, forward: Callable, shape: tuple[int, ...], *args, **kwargs
+) -> tuple[Tensor, Any]:
+    """`forward(*args, **kwargs)` with the head handed zero tokens: the hidden states it would have read, and the outputs.
+
+    The model's own forward runs whole, so wrappers (DDP, FSDP2, PEFT, autocast, activation checkpointing) see a normal
+    call. Under FSDP2 the head's unit is told to stay gathered until its backward, as a root's does by default: the loss reads
+    the weight after the head's forward, and its gradient then leaves with the unit's own.
+
+    Args:
+        model: as for `backbone_hidden_states`.
+        forward: the model, or a forward of its own.
+        shape: (B, L) of the tokens.
+    Returns:
+        hidden_states [B, L, D], differentiable; and what `forward` returned, its logits empty.
+    Raises:
+        ValueError: the forward does not call its output embeddings once over all tokens.
     """
     caught = []
 
@@ -118,19 +142,18 @@ def backbone_hidden_states(
     for module in (model, _head_module(model)):
         if hasattr(module, "set_reshard_after_forward"):  # FSDPModule; no import of torch.distributed.fsdp without it
             module.set_reshard_after_forward(False, recurse=False)
-    inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
     hook = _head_module(model).register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
     try:
-        given = {name: value for name, value in inputs.items() if value is not None}
-        outputs = model(input_ids=input_ids, use_cache=False, **given)
+        outputs = forward(*args, **kwargs)
     finally:
         hook.remove()
-    if len(caught) != 1 or caught[0].shape[:2] != input_ids.shape:
+    if len(caught) != 1 or caught[0].shape[:2] != shape:
         raise ValueError(
             f"model: the forward of {type(unwrap(model)).__name__} called its output head {len(caught)} times where "
-            "once over all tokens was expected; this architecture is not supported."
+            f"once over all {' x '.join(map(str, shape))} tokens was expected; this architecture, or this call of it, is "
+            "not supported."
         )
-    return caught[0], getattr(outputs, "aux_loss", None)
+    return caught[0], outputs
 
 
 @torch.no_grad()
@@ -154,7 +177,7 @@ def check_head(model: nn.Module, num_tokens: int = 8, tolerance: float | None = 
         hidden, _ = backbone_hidden_states(model, ids)
     got = head.logits(hidden.to(head.weight.dtype)).float()
     if tolerance is None:
-        tolerance = max(1e-4, 4 * torch.finfo(head.weight.dtype).eps)
+        tolerance = default_tolerance(head.weight.dtype)
     error = float("inf")
     if got.shape == expected.shape:
         error = ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
@@ -166,6 +189,11 @@ def check_head(model: nn.Module, num_tokens: int = 8, tolerance: float | None = 
             "and is not supported."
         )
     return error
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Relative; what two ways of computing a head in this dtype may differ by."""
+    return max(1e-4, 4 * torch.finfo(dtype).eps)
 
 
 @contextmanager

@@ -461,3 +461,24 @@ def compiled(size):
     (stats.logps - 0.1 * stats.entropy).sum().backward()
     assert_close(inputs[0].grad, whole[0].grad, "dH")
     assert_close(inputs[1].grad, whole[1].grad[cols], "dW")
+
+
+def verl_linear_cross_entropy(size):
+    """The adapter for verl: whole results, the shard's gradient of the weight, and gradients of hidden that sum to the whole."""
+    from entropy_po.integrations.verl import linear_cross_entropy
+
+    group = group_of(size)
+    rank, size = place_in(group)
+    hidden, weight, _, labels = problem(v=size * 64)
+    whole = [x.clone().requires_grad_() for x in (hidden, weight)]
+    mine = [x.clone().requires_grad_() for x in (hidden, weight.chunk(size)[rank])]
+    expected = linear_cross_entropy(*whole, labels, 0.7)
+    ours = linear_cross_entropy(*mine, labels, 0.7, "none", group)
+    for value, truth in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-5)
+    for logps, entropy in (expected, ours):
+        (logps.sum() - 0.3 * entropy.sum()).backward()
+    total = mine[0].grad.clone()
+    dist.all_reduce(total, group=group)
+    for grad, truth in ((total, whole[0].grad), (mine[1].grad, whole[1].grad.chunk(size)[rank])):
+        assert (grad - truth).norm() <= 5 * BOUND * truth.norm()

@@ -23,6 +23,8 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ROUTER = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
 # Families: name, configuration beside COMMON, and what the head must report (the feature that makes it differ).
 FAMILIES = {
     "llama": ("Llama", {}, {}),
@@ -30,15 +32,28 @@ FAMILIES = {
     "mistral": ("Mistral", {}, {}),
     "qwen2": ("Qwen2", {}, {}),
     "qwen3": ("Qwen3", {"head_dim": 8}, {}),
+    "gemma": ("Gemma", {"head_dim": 8}, {}),
     "gemma2": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 0.5}, {"softcap": 0.5}),
     "gemma3": ("Gemma3", {"head_dim": 8, "final_logit_softcapping": 0.5}, {"softcap": 0.5}),
     "cohere": ("Cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25}),
+    "cohere2": ("Cohere2", {"logit_scale": 0.25}, {"logit_scale": 0.25}),
     "granite": ("Granite", {"logits_scaling": 8.0}, {"logit_scale": 0.125}),
     "phi": ("Phi", {}, {"bias": True}),
+    "phi3": ("Phi3", {}, {}),
+    "falcon": ("Falcon", {"num_kv_heads": 2}, {}),
+    "falcon_h1": (
+        "FalconH1",
+        {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+        {"logit_scale": 0.5},
+    ),
     "gptj": ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}, {"bias": True}),
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, {}),
     "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 16}, {}),
-    "mixtral": ("Mixtral", {"num_local_experts": 2}, {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 2, **ROUTER}, {}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 16, **ROUTER}, {}),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, **ROUTER}, {}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, **ROUTER}, {}),
+    "granite_moe": ("GraniteMoe", {"num_local_experts": 4, "logits_scaling": 8.0, **ROUTER}, {"logit_scale": 0.125}),
 }
 
 

@@ -190,3 +190,8 @@ def test_sequence_shards_cover_every_row_once(size):
             assert abs(len(mine) - (cu[s + 1] - cu[s]) / size) < 1
     with pytest.raises(ValueError, match="rank=2"):
         sequence_shard(cu, 2, 2)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_adapter_for_verl_leaves_the_sum_over_ranks_to_megatron(ranks, seed, size):
+    ranks.run(cases.verl_linear_cross_entropy, seed, size)

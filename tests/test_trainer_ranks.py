@@ -102,3 +102,23 @@ def test_a_killed_rank_leaves_an_error_and_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("reshard", [True, None])
 def test_fully_sharded_data_parallelism(ranks, seed, tied, own_unit, reshard):
     ranks.run(cases.fully_sharded, seed, tied, reshard, own_unit)
+
+
+@pytest.mark.parametrize("own_unit", [False, True])
+def test_a_fused_head_under_fsdp2_has_the_whole_models_loss_and_gradients(ranks, own_unit):
+    ranks.run(cases.fused_head_fully_sharded, 0, own_unit)
+
+
+def test_hdpo_on_trls_trainer_on_two_ranks(ranks, tmp_path):
+    """Steps and training metrics are those of one process with the same global batch."""
+    pytest.importorskip("trl")
+    from test_trainer import make_model
+
+    make_model().save_pretrained(tmp_path / "model")
+    one = cases.run_trl(tmp_path / "one", str(tmp_path / "model"), 8)
+    two = ranks.run(cases.run_trl, 0, tmp_path / "two", str(tmp_path / "model"), 4)[0]
+    for mine, theirs in zip(two[0], one[0], strict=True):
+        for name, value in theirs.items():
+            if name.split("/")[0] in ("loss", "rewards", "logps", "entropy", "num_tokens"):
+                assert mine[name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
+    assert torch.linalg.norm(two[2] - one[2]) <= 1e-5 * torch.linalg.norm(one[2])

@@ -67,3 +67,50 @@ def fully_sharded(tied, reshard, own_unit):
         torch.testing.assert_close(answer_logps(model, batch), answer_logps(whole, batch), rtol=1e-5, atol=1e-4)
     shard = model.state_dict()["lm_head.weight"].to_local()
     assert shard.shape[0] < model.config.vocab_size
+
+
+def fused_head_fully_sharded(own_unit):
+    """Loss and gradients of a model with `fuse_lm_head` under FSDP2, against the whole model's own loss on the whole batch."""
+    from test_trainer import make_model
+    from torch.distributed.fsdp import fully_shard
+
+    from entropy_po.integrations.transformers import fuse_lm_head
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    ids = torch.randint(3, 32, (2 * size, 7))
+    whole, model = make_model(tie_word_embeddings=not own_unit), make_model(tie_word_embeddings=not own_unit)
+    fuse_lm_head(model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if own_unit:
+        fully_shard(model.lm_head)
+    fully_shard(model)
+    expected = whole(input_ids=ids, labels=ids).loss
+    expected.backward()
+    mine = ids[2 * rank : 2 * rank + 2]
+    output = model(input_ids=mine, labels=mine)
+    output.loss.backward()
+    loss = output.loss.detach()
+    dist.all_reduce(loss)
+    torch.testing.assert_close(loss / size, expected.detach(), rtol=1e-5, atol=1e-5)
+    for (name, ours), truth in zip(model.named_parameters(), whole.parameters(), strict=True):
+        error = (ours.grad.full_tensor() - truth.grad).norm() / truth.grad.norm()
+        assert error <= 5e-6, f"{name}: {error:.1e}"
+    assert model(input_ids=mine).logits.shape == (2, 7, 32)
+
+
+def run_trl(folder, path, batch_size):
+    """(rows of metrics, evaluation, weights) of H-DPO on TRL's trainer on this many ranks."""
+    from test_integrations_trl import QUIET, load, make_trainer
+    from test_integrations_trl import run as run_trainer
+
+    from entropy_po.integrations.trl import HDPOConfig, HDPOTrainer
+
+    options = {
+        **QUIET,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "alpha": 0.8,
+    }
+    return run_trainer(make_trainer(HDPOTrainer, HDPOConfig, folder, load(path), **options))

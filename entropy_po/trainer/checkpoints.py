@@ -1,10 +1,14 @@
-"""Which checkpoint folders were written to their end. transformers takes the highest number, whatever is in it."""
+"""Which checkpoint folders were written to their end (transformers takes the highest number), and lam and mu in them."""
 
 import json
 import warnings
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from entropy_po.dual import DualAscent
+
+DUAL_FILE = "dual.json"
 
 
 def last_checkpoint(output_dir: str | Path) -> str:
@@ -48,3 +52,20 @@ def checkpoint_fault(folder: Path) -> str | None:
         except (SafetensorError, OSError):
             return f"{path.name} is cut off"
     return None
+
+
+class SavesAscent:
+    """For a Trainer with an `ascent`: lam and mu lie beside the weights, in dual.json, and come back with them."""
+
+    ascent: DualAscent | None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.ascent is not None and self.args.should_save:
+            path = Path(output_dir or self.args.output_dir) / DUAL_FILE
+            path.write_text(json.dumps(self.ascent.state()) + "\n", encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ascent is not None:
+            self.ascent.load_state(json.loads((Path(resume_from_checkpoint) / DUAL_FILE).read_text(encoding="utf-8")))

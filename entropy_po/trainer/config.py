@@ -167,7 +167,61 @@ class EntropyPOConfig(TrainingConfig):
 
 
 @dataclass
-class OnlineConfig(TrainingConfig):
+class DualArguments:
+    """Where dual ascent moves lam and mu to, and how fast; the class that uses it has `lam` and `mu`."""
+
+    min_reward: float | None = _arg(None, "qempo, qempo_kl: R, the mean reward to reach; moves lam. None: lam stays.")
+    max_kl: float | None = _arg(None, "qempo_kl: K, the KL budget in nats per answer; moves mu. None: mu stays.")
+    relative_to: str | None = _arg(None, "Folder of a measured run: R is its reward + min_reward, K its KL * max_kl.")
+    lam_lr: float = _arg(
+        0.05,
+        "Step of log lam per batch of samples and unit of reward; small, so that lam moves slower than the policy learns.",
+    )
+    mu_lr: float = _arg(0.05, "Step of mu per batch of samples and relative excess of the KL.")
+    lam_min: float | None = _arg(None, "Lower bound of lam; default lam / 1000.")
+    lam_max: float | None = _arg(None, "Upper bound of lam; default lam * 1000.")
+    mu_max: float = _arg(100.0, "Upper bound of mu.")
+    dual_warmup: int = _arg(5, "Batches of samples before lam and mu move.")
+    dual_tolerance: float = _arg(0.02, "Below R in reward, or above K relatively, what still counts as holding it.")
+
+    def _check_targets(self) -> None:
+        for name in ("lam_lr", "mu_lr", "dual_tolerance", "dual_warmup"):
+            _check_number(name, getattr(self, name), 0, "0 holds still")
+        if self.relative_to is not None and self.min_reward is None and self.max_kl is None:
+            raise ValueError("relative_to needs min_reward, max_kl or both, which it is the origin of.")
+
+    def dual_ascent(self) -> DualAscent | None:
+        """The controller that the arguments ask for, None where lam and mu stay.
+
+        Raises:
+            ValueError: a target out of its range; FileNotFoundError: `relative_to` without metrics.jsonl.
+        """
+        if self.min_reward is None and self.max_kl is None:
+            return None
+        min_reward, max_kl = self.min_reward, self.max_kl
+        if self.relative_to is not None:
+            reward, kl = measured_run(self.relative_to)
+            min_reward = None if min_reward is None else reward + min_reward
+            if max_kl is not None:
+                if kl is None:
+                    raise ValueError(f"relative_to: {self.relative_to} measured no KL; run it with report_kl=True.")
+                max_kl = kl * max_kl
+        return DualAscent(
+            lam=self.lam,
+            mu=self.mu or 0.0,
+            min_reward=min_reward,
+            max_kl=max_kl,
+            lam_step=self.lam_lr,
+            mu_step=self.mu_lr,
+            lam_bounds=(self.lam_min or self.lam / 1000, self.lam_max or self.lam * 1000),
+            mu_bounds=(0.0, self.mu_max),
+            warmup=self.dual_warmup,
+            tolerance=self.dual_tolerance,
+        )
+
+
+@dataclass
+class OnlineConfig(DualArguments, TrainingConfig):
     """Arguments of `OnlineTrainer`, beside those of `TrainingConfig`. Batch sizes count prompts, `num_generations` answers
     each.
 
@@ -196,20 +250,6 @@ class OnlineConfig(TrainingConfig):
         },
     )
     reward_weights: list[float] | None = field(default=None, metadata={"help": "Their weights; default 1 each."})
-
-    min_reward: float | None = _arg(None, "qempo, qempo_kl: R, the mean reward to reach; moves lam. None: lam stays.")
-    max_kl: float | None = _arg(None, "qempo_kl: K, the KL budget in nats per answer; moves mu. None: mu stays.")
-    relative_to: str | None = _arg(None, "Folder of a measured run: R is its reward + min_reward, K its KL * max_kl.")
-    lam_lr: float = _arg(
-        0.05,
-        "Step of log lam per batch of samples and unit of reward; small, so that lam moves slower than the policy learns.",
-    )
-    mu_lr: float = _arg(0.05, "Step of mu per batch of samples and relative excess of the KL.")
-    lam_min: float | None = _arg(None, "Lower bound of lam; default lam / 1000.")
-    lam_max: float | None = _arg(None, "Upper bound of lam; default lam * 1000.")
-    mu_max: float = _arg(100.0, "Upper bound of mu.")
-    dual_warmup: int = _arg(5, "Batches of samples before lam and mu move.")
-    dual_tolerance: float = _arg(0.02, "Below R in reward, or above K relatively, what still counts as holding it.")
 
     num_generations: int = _arg(8, "Answers per prompt, >= 2.")
     num_iterations: int = _arg(1, "Optimiser steps on each batch of samples.")
@@ -246,8 +286,7 @@ class OnlineConfig(TrainingConfig):
         if self.epsilon_high is None:
             self.epsilon_high = self.epsilon
         _check_number("epsilon_high", self.epsilon_high, 0, "leave it out for epsilon", strict=True)
-        for name in ("lam_lr", "mu_lr", "dual_tolerance", "dual_warmup"):
-            _check_number(name, getattr(self, name), 0, "0 holds still")
+        self._check_targets()
         if self.generation_batch_size is not None:
             _check_number("generation_batch_size", self.generation_batch_size, 1, "leave it out for all at once")
         for name, readers in (("min_reward", ("qempo", "qempo_kl")), ("max_kl", ("qempo_kl",))):
@@ -261,37 +300,6 @@ class OnlineConfig(TrainingConfig):
                 f"save_steps={self.save_steps:g} must be a multiple of num_iterations={self.num_iterations}: samples are "
                 "not saved, so a run resumes where it draws new ones."
             )
-        if self.relative_to is not None and self.min_reward is None and self.max_kl is None:
-            raise ValueError("relative_to needs min_reward, max_kl or both, which it is the origin of.")
-
-    def dual_ascent(self) -> DualAscent | None:
-        """The controller that the arguments ask for, None where lam and mu stay.
-
-        Raises:
-            ValueError: a target out of its range; FileNotFoundError: `relative_to` without metrics.jsonl.
-        """
-        if self.min_reward is None and self.max_kl is None:
-            return None
-        min_reward, max_kl = self.min_reward, self.max_kl
-        if self.relative_to is not None:
-            reward, kl = measured_run(self.relative_to)
-            min_reward = None if min_reward is None else reward + min_reward
-            if max_kl is not None:
-                if kl is None:
-                    raise ValueError(f"relative_to: {self.relative_to} measured no KL; run it with report_kl=True.")
-                max_kl = kl * max_kl
-        return DualAscent(
-            lam=self.lam,
-            mu=self.mu or 0.0,
-            min_reward=min_reward,
-            max_kl=max_kl,
-            lam_step=self.lam_lr,
-            mu_step=self.mu_lr,
-            lam_bounds=(self.lam_min or self.lam / 1000, self.lam_max or self.lam * 1000),
-            mu_bounds=(0.0, self.mu_max),
-            warmup=self.dual_warmup,
-            tolerance=self.dual_tolerance,
-        )
 
 
 def measured_run(folder: str | Path) -> tuple[float, float | None]:

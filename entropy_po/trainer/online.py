@@ -1,13 +1,11 @@
 """Online training (QEMPO, QEMPO-KL, and every fixed (a, b)) on transformers.Trainer: sample, score, step, move lam and mu."""
 
 import copy
-import json
 import random
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,18 +19,18 @@ from entropy_po.objective import EntropyObjective
 from entropy_po.ops.sequence_loss import SequenceLossOutput, sequence_loss
 from entropy_po.ops.sequences import segment_sums
 from entropy_po.trainer.base import HeadTrainer, load_parts, pad_id
+from entropy_po.trainer.checkpoints import SavesAscent
 from entropy_po.trainer.config import OnlineConfig
 from entropy_po.trainer.data import Prompt, load_rows, pad_rows, tokenize_prompts
 from entropy_po.trainer.generation import Generation, TransformersGeneration, VLLMGeneration
 from entropy_po.trainer.rewards import RewardFunction, Rewards
 from entropy_po.trainer.rollout import Rollout
 
-DUAL_FILE = "dual.json"
 _PER_ANSWER = ("reward", "kl", "length", "finished", "entropy/sequence")
 _SUMS = (*_PER_ANSWER, "reward_std", "answers", "tokens", "clipped", "units")
 
 
-class OnlineTrainer(HeadTrainer):
+class OnlineTrainer(SavesAscent, HeadTrainer):
     """Trains a causal language model on its own answers, for reward with entropy, without ever holding the logits.
 
     Each batch of prompts is answered `num_generations` times by the policy, scored, and used for `num_iterations` steps on
@@ -303,20 +301,6 @@ class OnlineTrainer(HeadTrainer):
             if self.ascent is not None:
                 metrics |= {"lam": self.ascent.lam, "mu": self.ascent.mu, "infeasible": float(self.ascent.infeasible)}
         return metrics
-
-    # ---- saving ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers.Trainer.save_model; lam and mu lie beside the weights, in dual.json."""
-        super().save_model(output_dir, _internal_call)
-        if self.ascent is not None and self.args.should_save:
-            path = Path(output_dir or self.args.output_dir) / DUAL_FILE
-            path.write_text(json.dumps(self.ascent.state()) + "\n", encoding="utf-8")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ascent is not None:
-            self.ascent.load_state(json.loads((Path(resume_from_checkpoint) / DUAL_FILE).read_text(encoding="utf-8")))
 
     def resumable_after(self, step: int) -> bool:
         return step % self.args.num_iterations == 0
