@@ -52,7 +52,7 @@ FAULTS = [
     Fault("ignored rows are folded", "csrc/tile_cpu_impl.h", "if (a.labels[i] == a.ignore_index) continue;", "", "test_kernels_cpu.py::test_ignored_and_undifferentiated_rows"),
     Fault("the maximum starts at 0", "csrc/tile_cpu_impl.h", "T m = Numeric<T>::kMinusInf;", "T m = T(0);", "test_traps.py::test_all_negative_logits"),
     Fault("masked entries count as live", "csrc/tile_cpu_impl.h", "live += alive ? T(1) : T(0);", "live += T(1);", WHOLE_FOLD),
-    Fault("the softcap's slope is dropped", "csrc/tile_cpu_impl.h", "dz[j] *= slope[j];", "", WHOLE_FOLD),
+    Fault("the softcap's slope is dropped", "csrc/tile_cpu_impl.h", "dz[j] *= slope[j];", "dz[j] *= T(1);", WHOLE_FOLD),
     Fault("the entropy's mean is dropped from its gradient", "csrc/tile_cpu_impl.h", "entropy_scale * (d - mean_d)", "entropy_scale * d", WHOLE_FOLD),
     Fault("a bf16 product forgets what it adds to", "csrc/gemm_bf16.cpp", "g.accumulate || now.begin > 0", "now.begin > 0", "test_gemm_bf16.py"),
     # what is made of the row state
@@ -75,7 +75,7 @@ FAULTS = [
     Fault("the rejected answer begins one row late", PAIR, "g_logp[max(chosen.stop - part.start, 0) :] = -1", "g_logp[max(chosen.stop - part.start, 0) + 1 :] = -1", STRATEGIES),
     Fault("each tile's dW overwrites the last one's", SUMS, "        if self.bias is not None:\n            self.bias += gradient.sum(0, dtype=self.bias.dtype)\n        self.empty = False", "        if self.bias is not None:\n            self.bias += gradient.sum(0, dtype=self.bias.dtype)", STRATEGIES),
     Fault("the upstream gradient is dropped from a second backward", SUMS, "saved = saved * factor", "saved = saved * 1", "test_sequence_losses.py::test_backward_again"),
-    Fault("kept rows are spread over those not yet moved", "entropy_po/ops/lm_head.py", "for part in reversed(list(slices(0, head.num_kept, 128))):", "for part in slices(0, head.num_kept, 128):", "test_linear_token_stats.py"),
+    Fault("kept rows are spread over those not yet moved", "entropy_po/ops/lm_head.py", "for part in reversed(list(slices(0, head.num_kept, 128))):", "for part in slices(0, head.num_kept, 128):", "test_linear_token_stats.py::test_many_ignored_rows_among_many"),
     Fault("dH of a split vocabulary is not summed", "entropy_po/ops/lm_head.py", "        head.shards.ranks.sum_(result[: head.num_kept])\n", "", "test_parallel.py::test_linear_token_stats_over_a_split_vocabulary"),
     Fault("memory goes back while a tensor is over it", "entropy_po/pages.py", "    weakref.finalize(array, _give_back, pages).atexit = False\n", "    _give_back(pages)\n", "test_pages.py"),
 ]  # fmt: skip
@@ -93,7 +93,7 @@ def build(folder: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     env = {**os.environ, "ENTROPY_PO_CUDA": "0"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode or "failed" in done.stderr:  # setup.py goes on without the core where it does not compile
         raise RuntimeError(done.stderr[-2000:])
 
 

@@ -60,6 +60,19 @@ def test_agrees_with_fp64(backend, dtype, workspace, case, poisoned):
         oracles.assert_gradient(x.grad, truth.grad, upstream=1e-3)
 
 
+def test_many_ignored_rows_among_many():
+    """dH is made for the kept rows first and then spread over all: hundreds of them move over one another's places."""
+    hidden, weight, _, labels = problem(700, 8, 40, torch.float32)
+    labels[torch.rand(700) < 0.5] = -100
+    inputs, exact_inputs = (
+        [x.to(dtype).clone().requires_grad_() for x in (hidden, weight)] for dtype in (torch.float32, torch.float64)
+    )
+    exact = oracles.stats(exact_inputs[0] @ exact_inputs[1].t(), labels)
+    (linear_token_stats(*inputs, labels).logps.sum() + exact[0].sum()).backward()
+    for x, truth in zip(inputs, exact_inputs, strict=True):
+        oracles.assert_gradient(x.grad, truth.grad, upstream=1.0)
+
+
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 def test_gradcheck(backend):
     hidden, weight, bias, labels = problem(5, 4, 13, torch.float64)
