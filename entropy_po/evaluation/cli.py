@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="smollm2-135m, hub ids, model or adapter folders")
     add("--prompts", type=Path, help="JSON lines with a `prompt` each, not scored; default: the demo's held-out tasks")
+    add("--task", help="human-eval, or reasoning-gym:NAME: prompts with their check, instead of --prompts")
     add("--limit", type=int, help="use only the first prompts")
     add("--pairs", help="preference pairs, as for training: share of them ranked right by log-prob")
     add("--reference", help="a model with the same token ids: the KL of every model to it, per answer and per token")
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in given:
         if value is not None and not value > 0:
             raise ValueError(f"--{name}={value} must be > 0; {_REMEDIES[name]}.")
-    prompts, score = prompts_and_score(arguments.prompts, arguments.limit)
+    prompts, score = prompts_and_score(arguments.prompts, arguments.limit, arguments.task)
 
     from entropy_po.evaluation.embedding import POLICY, load_embedder, policy_embedder
     from entropy_po.evaluation.evaluate import evaluate
@@ -99,12 +100,17 @@ def _short(name: str) -> str:
     return "/".join(Path(name).parts[-2:])
 
 
-def prompts_and_score(path: Path | None, limit: int | None):
+def prompts_and_score(path: Path | None, limit: int | None, task: str | None = None):
     """The prompts, and (index, answer) -> quality where there is a checker.
 
     Raises:
-        ValueError: a line that is not JSON or has no prompt (its number is named), or no prompts at all.
+        ValueError: a line that is not JSON or has no prompt (its number is named), or no prompts at all; a task that is
+            none, or prompts and a task. ImportError: the task's package is not installed.
     """
+    if task is not None:
+        if path is not None:
+            raise ValueError(f"--task={task} brings its own prompts; leave out --prompts={path}.")
+        return _task(task, limit)
     if path is None:
         from entropy_po.demo.tasks import heldout_tasks, quality
 
@@ -126,6 +132,27 @@ def prompts_and_score(path: Path | None, limit: int | None):
     if not prompts:
         raise ValueError(f"{path}: no prompts; give one JSON object with a `prompt` per line.")
     return prompts[:limit], None
+
+
+def _task(task: str, limit: int | None):
+    kind, _, name = task.partition(":")
+    if kind == "human-eval" and not name:
+        from entropy_po.tasks import human_eval as module
+
+        rows, reward = module.rows()[:limit], module.passes_tests
+    elif kind == "reasoning-gym" and name:
+        from entropy_po.tasks import reasoning as module
+
+        rows, reward = module.rows(name, limit or 64, seed=1), module.score  # training's seed is 0
+    else:
+        raise ValueError(
+            f"--task={task} is unknown; use human-eval, or reasoning-gym:NAME such as reasoning-gym:chain_sum."
+        )
+
+    def score(i: int, text: str) -> float:
+        return reward(completions=[text], **{name: [value] for name, value in rows[i].items() if name != "prompt"})[0]
+
+    return [row["prompt"] for row in rows], score
 
 
 def markdown(rows: dict[str, dict]) -> str:
