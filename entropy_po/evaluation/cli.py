@@ -181,8 +181,8 @@ def _cells(row: dict) -> dict[str, str | None]:
         best += f" (k={max(passes)})"
     return {
         "quality": shown("quality", "quality_interval"),
-        "all met, 1 answer": one,
-        "all met, best of k": best,
+        "right, 1 answer": one,
+        "right, best of k": best,
         "pairs ranked right": shown("pair_accuracy", digits=2),
         "entropy, nats/token": shown("entropy_per_token", "entropy_interval"),
         "entropy, nats/answer": shown("entropy_per_sequence", "entropy_per_sequence_interval", 1),
