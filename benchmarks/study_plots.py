@@ -97,6 +97,15 @@ def _dress(axes, title: str, x: str, y: str, legend: str) -> None:
     axes.grid(alpha=0.25, which="major")
 
 
+RUNS = {
+    "rlhf": "RLHF",
+    "qempo-kl": "QEMPO-KL, mu from above",
+    "qempo-kl from mu 1": "QEMPO-KL, mu from 1",
+    "qempo from below": "QEMPO, lam from below",
+    "qempo from above": "QEMPO, lam from above",
+}
+
+
 def transformer_figure(m, path: Path) -> None:
     """Four panels: pass@k by alpha, entropy by alpha, coverage against a temperature, online runs."""
     figure, axes = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
@@ -113,7 +122,7 @@ def transformer_figure(m, path: Path) -> None:
     _dress(by_k, "One right answer among k, at temperature 1", "k", "pass@k", legend="upper left")
     for prefix, color, label in (("hdpo ", "#0072B2", "at the end"), ("early hdpo ", "#D55E00", "after few steps")):
         found = m.alphas(prefix)
-        values = [m.at_one(f"{prefix}{a}", "entropy") for a in found]
+        values = [m.by_seed(f"{prefix}{a}", "entropy") for a in found]
         by_alpha.plot(found, [statistics.mean(v) for v in values], "o-", color=color, label=label, linewidth=1.9)
         for a, v in zip(found, values, strict=True):
             by_alpha.plot([a] * len(v), v, ".", color=color, alpha=0.5)
@@ -137,47 +146,75 @@ def transformer_figure(m, path: Path) -> None:
         "Coverage of the harder half of the prompts\nbars: 95 % over prompts",
         "alpha, or temperature",
         f"pass@{k}",
-        legend="best",
+        legend="upper left",
     )
-    names = {"rlhf": "RLHF", "qempo-kl": "QEMPO-KL, K x 1.25", "qempo from below": "QEMPO, lam from below"}
-    names["qempo from above"] = "QEMPO, lam from above"
-    for (unit, label), color in zip(names.items(), COLORS, strict=False):
+    coverage.margins(y=0.25)
+    for (unit, label), color in zip(RUNS.items(), COLORS, strict=False):
         rewards, entropies = m.late(unit, "reward"), m.late(unit, "entropy/sequence")
+        rewards = [reward - target for reward, target in zip(rewards, m.late("rlhf", "reward"), strict=True)]
         online.plot(rewards, entropies, "o", color=color, markersize=8, label=label, alpha=0.85)
     _dress(
         online,
-        "Online: more entropy at the same reward\nmeans over the last third; a dot per seed",
-        "mean reward",
+        "Online: entropy at the same reward\nmeans over the last third of training; a dot per seed",
+        "mean reward - R, RLHF's",
         "entropy of an answer, nats",
-        legend="best",
+        legend="upper left",
     )
-    online.margins(0.25)
+    online.axvspan(-0.02, 0.02, color="0.6", alpha=0.15)
+    online.set_xlim(-0.05, 0.03)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def dual_figure(m, path: Path) -> None:
-    """reward, entropy, lam and mu over the steps, one line a run, all seeds."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7.4), layout="constrained", sharex=True)
-    panels = dict(zip(("reward", "entropy/sequence", "lam", "mu"), axes.flat, strict=True))
-    names = {"rlhf": "RLHF", "qempo-kl": "QEMPO-KL", "qempo from below": "QEMPO, lam from below"}
-    names["qempo from above"] = "QEMPO, lam from above"
-    for (unit, label), color in zip(names.items(), COLORS, strict=False):
+    """reward, entropy, lam and mu over the steps, one line a run, all seeds; reward as its distance to the seed's R."""
+    figure, axes = plt.subplots(2, 3, figsize=(16, 8), layout="constrained", sharex=True)
+    keys = ("reward", "kl", "lam", "entropy/sequence", "length", "mu")
+    panels = dict(zip(keys, axes.flat, strict=True))
+    targets = {"reward": m.late("rlhf", "reward"), "kl": [1.25 * kl for kl in m.late("rlhf", "kl")]}
+    for (unit, label), color in zip(RUNS.items(), COLORS, strict=False):
         for i, found in enumerate(m.seeds.values()):
             for key, axis in panels.items():
                 rows = [row for row in found[unit]["curve"] if key in row]
-                if rows and not (key == "mu" and unit != "qempo-kl"):
-                    steps, values = [row["step"] for row in rows], [row[key] for row in rows]
-                    axis.plot(steps, values, color=color, linewidth=1.5, alpha=0.85, label=label if i == 0 else None)
-    for i, target in enumerate(m.late("rlhf", "reward")):
-        panels["reward"].axhspan(
-            target - 0.02, target + 0.02, color="0.6", alpha=0.25, label=None if i else "R, 2 % each way"
-        )
+                if not rows or (key == "mu" and not unit.startswith("qempo-kl")):
+                    continue
+                values = [row[key] for row in rows]
+                if key == "reward":
+                    values = [value - targets["reward"][i] for value in values]
+                elif key == "kl":
+                    values = [value / targets["kl"][i] for value in values]
+                name = label if i == 0 and key == "reward" else None
+                axis.plot(
+                    [row["step"] for row in rows],
+                    _running_mean(values),
+                    color=color,
+                    linewidth=1.3,
+                    alpha=0.8,
+                    label=name,
+                )
+    panels["reward"].axhspan(-0.02, 0.02, color="0.6", alpha=0.25)
+    panels["reward"].set_ylim(-0.12, 0.04)
+    panels["kl"].axhline(1, color="0.4", linewidth=1, linestyle=":")
     panels["lam"].set_yscale("log")
-    labels = {"reward": "mean reward", "entropy/sequence": "entropy of an answer, nats", "lam": "lam", "mu": "mu"}
-    titles = {"reward": "Reward is brought to R from either side", "entropy/sequence": "Entropy"}
-    titles |= {"lam": "lam, the price of reward", "mu": "mu, the price of KL"}
+    panels["mu"].set_yscale("log")
+    dressing = {
+        "reward": ("Reward is brought to R from either side\nband: 2 % each way", "mean reward - R"),
+        "kl": ("KL; QEMPO-KL alone has the budget K", "KL / K"),
+        "lam": ("lam, the price of reward", "lam"),
+        "entropy/sequence": ("Entropy", "entropy of an answer, nats"),
+        "length": ("Length", "tokens"),
+        "mu": ("mu, the price of KL", "mu"),
+    }
     for key, axis in panels.items():
-        _dress(axis, titles[key], "optimiser step", labels[key], legend="best")
+        axis.set_title(dressing[key][0], loc="left", fontsize=10.5)
+        axis.set(xlabel="optimiser step", ylabel=dressing[key][1])
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, which="major")
+    figure.legend(loc="outside lower center", ncols=len(RUNS), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _running_mean(values: list[float], width: int = 5) -> list[float]:
+    """Over the latest points, fewer at the start."""
+    return [statistics.mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]

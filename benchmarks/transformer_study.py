@@ -7,7 +7,7 @@ A model of 0.1 M parameters learns it from examples half of which are wrong (`sf
 
 * offline, on pairs of its own right and wrong answers: H-DPO with alpha 0.7 to 1.3, after few steps and after many,
 * online: RLHF, and at RLHF's own reward QEMPO, from a lam below and one above the right
-  one, and QEMPO-KL with RLHF's KL and a quarter more.
+  one, and QEMPO-KL with RLHF's KL and a quarter more, from a mu on RLHF's side and from one far on the other.
 
 Everything goes through PreferenceTrainer and OnlineTrainer. Held-out prompts are answered 256 times at each of several
 temperatures. Every unit of work leaves a file under runs/transformer_study, and is skipped where that file exists.
@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import random
-import statistics
 import time
 import warnings
 from pathlib import Path
@@ -49,7 +48,7 @@ TEMPERATURES = (0.5, 0.7, 1.0, 1.3)
 KS = (1, 4, 16, 64, 128)
 BETA, ONLINE_BETA = 0.1, 0.02
 SEEDS = (0, 1, 2)
-FULL = {"sft": 1000, "early": 20, "offline": 60, "online": 250, "samples": 256, "prompts": 48, "pairs": 256}
+FULL = {"sft": 1000, "early": 20, "offline": 60, "online": 400, "samples": 256, "prompts": 48, "pairs": 256}
 QUICK = {"sft": 60, "early": 2, "offline": 4, "online": 6, "samples": 128, "prompts": 6, "pairs": 8}
 
 
@@ -195,7 +194,7 @@ def train_offline(model, pairs: list[dict], alpha: float, steps: int, folder: Pa
 def train_online(model, options: dict, steps: int, folder: Path, seed: int) -> tuple:
     args = OnlineConfig(
         learning_rate=1e-3, per_device_train_batch_size=16, num_generations=8, max_completion_length=LONGEST, report_kl=True,
-        dual_tolerance=0.02, lam_lr=0.05, mu_lr=0.05, dual_warmup=5, **options, **common(folder, steps, seed),
+        **options, **common(folder, steps, seed),
     )  # fmt: skip
     rows = [{"prompt": prompt_text(task), "task": list(task)} for task in TRAIN]
     trainer = OnlineTrainer(model, args, rows, None, closeness, TOKENIZER)
@@ -207,7 +206,7 @@ def train_online(model, options: dict, steps: int, folder: Path, seed: int) -> t
 
 
 def measure(model, reference, size: dict, seed: int, temperatures=TEMPERATURES) -> dict:
-    """Per temperature: right answers per prompt, different right answers; at temperature 1 entropy, KL and length too."""
+    """Per temperature, by prompt: right answers, different right answers; at temperature 1 entropy, KL and length too."""
     tasks, num, found = HELDOUT[-size["prompts"] :], size["samples"], {}
     for temperature in temperatures:
         answers = sample(model, tasks, num, temperature, seed)
@@ -219,10 +218,16 @@ def measure(model, reference, size: dict, seed: int, temperatures=TEMPERATURES) 
             few = min(num, 32)  # of each prompt's answers: means over prompts need no more
             chosen = [(task, answers[i * num + j]) for i, task in enumerate(tasks) for j in range(few)]
             logps, entropy = answer_stats(model, chosen)
-            row |= {"entropy": float(entropy.mean()), "kl": float((logps - answer_stats(reference, chosen)[0]).mean())}
-            row["length"] = statistics.mean(len(answer) for _, answer in chosen)
+            lengths = torch.tensor([float(len(answer)) for _, answer in chosen])
+            sums = {"entropy": entropy, "kl": logps - answer_stats(reference, chosen)[0], "length": lengths}
+            row |= {name: by_prompt(values, few) for name, values in sums.items()}
         found[str(temperature)] = row
     return found
+
+
+def by_prompt(values: torch.Tensor, count: int) -> list[float]:
+    """Mean over every `count` values, five digits."""
+    return [float(f"{x:.5g}") for x in values.double().view(-1, count).mean(1).tolist()]
 
 
 @torch.no_grad()
@@ -282,9 +287,9 @@ class Study:
             folder = self.folder / name
             model, verdict = train_online(self.fresh(), options, self.size["online"], folder, self.seed)
             curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            keep = ("step", "reward", "entropy/sequence", "kl", "lam", "mu", "length")
-            curve = [{k: row[k] for k in keep if k in row} for row in curve if "reward" in row]
-            measured = measure(model, self.reference, self.size, self.seed, (1.0,))
+            keep = ("step", "reward", "entropy/sequence", "entropy", "kl", "lam", "mu", "length")
+            curve = [{k: float(f"{row[k]:.5g}") for k in keep if k in row} for row in curve if "reward" in row]
+            measured = measure(model, self.reference, self.size, self.seed)
             return {"measured": measured, "curve": curve, "verdict": verdict}
 
         return self.unit(name, make)
@@ -300,9 +305,10 @@ class Study:
         target = {"relative_to": str(self.folder / "rlhf"), "min_reward": 0.0}
         found["qempo from below"] = self.online("qempo-below", {"method": "qempo", "lam": 40.0, **target})
         found["qempo from above"] = self.online("qempo-above", {"method": "qempo", "lam": 160.0, **target})
-        found["qempo-kl"] = self.online(
-            "qempo-kl", {"method": "qempo_kl", "lam": 100.0, "mu": 1.0, "max_kl": 1.25, **target}
-        )
+        # From RLHF's side, where mu is large and KL within its budget, and from the other.
+        budget = {"method": "qempo_kl", "max_kl": 1.25, **target}
+        found["qempo-kl"] = self.online("qempo-kl", {"lam": 550.0, "mu": 10.0, **budget})
+        found["qempo-kl from mu 1"] = self.online("qempo-kl-mu1", {"lam": 100.0, "mu": 1.0, **budget})
         for alpha in ALPHAS:
             found[f"hdpo {alpha}"] = self.offline(alpha, size["offline"], TEMPERATURES)
         for alpha in EARLY_ALPHAS:

@@ -96,7 +96,9 @@ def main() -> int:
     parser.add_argument("--mixed", action="store_true", help="fp32 weights under autocast, not bf16 weights")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", "`.*gradient_checkpointing`", FutureWarning)  # TRL's name for it, and its use of it
+    warnings.filterwarnings(
+        "ignore", "`.*gradient_checkpointing`", FutureWarning
+    )  # TRL's name for it, and its use of it
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         trainers = make_trainers(folder, options.pairs, options.mixed)

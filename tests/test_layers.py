@@ -30,6 +30,7 @@ LAYERS = {
     "evaluation": 5,
     "integrations": 5,
     "demo": 5,
+    "tasks": 5,
     "cli": 6,
 }
 HEAVY = {"triton", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "scipy", "matplotlib", "yaml"}

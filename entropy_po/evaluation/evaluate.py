@@ -6,8 +6,10 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from entropy_po.evaluation.divergence import log_ratios
 from entropy_po.evaluation.metrics import (
     bootstrap_interval,
     distinct_n,
@@ -15,6 +17,8 @@ from entropy_po.evaluation.metrics import (
     expectation_adjusted_distinct_n,
     pass_at_k,
     self_bleu,
+    semantic_distance,
+    vendi_score,
 )
 from entropy_po.evaluation.sampling import MAX_NEW_TOKENS, sample_answers
 
@@ -47,6 +51,19 @@ class Evaluation:
     quality_by_prompt: tuple[float, ...] | None
     entropy_by_prompt: tuple[float, ...]  # nats per token drawn
     draws_by_prompt: tuple[int, ...]  # tokens drawn: the weights of the mean entropy
+    # Of whole answers, of the policy at temperature 1; the entropy of its answers where they are drawn at 1.
+    entropy_per_sequence: float
+    entropy_per_sequence_interval: tuple[float, float]
+    # Among a prompt's own answers, by an embedding model; None without one, or for one answer a prompt.
+    vendi_per_prompt: float | None = None
+    vendi_interval: tuple[float, float] | None = None
+    semantic_distance_per_prompt: float | None = None
+    semantic_distance_interval: tuple[float, float] | None = None
+    # To the reference, both at the temperature of the draws: means of log pi - log ref, unbiased; None without one.
+    kl_per_sequence: float | None = None
+    kl_per_sequence_interval: tuple[float, float] | None = None
+    kl_per_token: float | None = None
+    kl_per_token_interval: tuple[float, float] | None = None
 
     def row(self) -> dict:
         return asdict(self)
@@ -63,6 +80,8 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     seed: int = 0,
     label: str = "answers",
+    embed: Callable[[Sequence[str]], Tensor] | None = None,
+    reference=None,
 ) -> tuple[Evaluation, list[list[str]]]:
     """Sample answers to the prompts and measure them.
 
@@ -71,6 +90,8 @@ def evaluate(
         prompts: user messages.
         quality: (index of the prompt, answer) -> score in [0, 1], or None.
         temperature: of the sampling; the entropy reported is that of the policy itself, at temperature 1.
+        embed: texts -> [n, D], `entropy_po.evaluation.embedding`, for Vendi score and semantic distance; or None.
+        reference: a model with the same token ids, to measure the KL to; or None.
         seed: of the sampling; the same prompts and seed give the same answers on one machine.
     Returns:
         The evaluation, and the answers of every prompt.
@@ -105,6 +126,10 @@ def evaluate(
         right = [sum(score >= 1 for score in group) for group in each]
         ks = [2**i for i in range(answers_per_prompt.bit_length())]
         passes = {k: [pass_at_k(answers_per_prompt, c, k) for c in right] for k in ks}
+    per_sequence = [sum(a.entropy for a in group) / answers_per_prompt for group in groups]
+    further = {} if embed is None or answers_per_prompt < 2 else _semantic(texts, embed)
+    if reference is not None:
+        further |= _divergence(log_ratios(model, reference, tokenizer, prompts, groups, temperature), draws)
     evaluation = Evaluation(
         num_prompts=len(prompts),
         answers_per_prompt=answers_per_prompt,
@@ -124,8 +149,32 @@ def evaluate(
         quality_by_prompt=tuple(scores) if scores else None,
         entropy_by_prompt=tuple(entropies),
         draws_by_prompt=tuple(draws),
+        entropy_per_sequence=sum(per_sequence) / len(per_sequence),
+        entropy_per_sequence_interval=bootstrap_interval(per_sequence),
+        **further,
     )
     return evaluation, texts
+
+
+def _semantic(texts: list[list[str]], embed: Callable[[Sequence[str]], Tensor]) -> dict:
+    embeddings = [embed(group) for group in texts]
+    found = {}
+    for name, measure in (("vendi", vendi_score), ("semantic_distance", semantic_distance)):
+        values = [measure(x) for x in embeddings]
+        found |= {f"{name}_per_prompt": sum(values) / len(values), f"{name}_interval": bootstrap_interval(values)}
+    return found
+
+
+def _divergence(ratios: list[list[float]], draws: list[int]) -> dict:
+    """Per token it is the ratio of means, KL of an answer over tokens of an answer, as the entropy per token is."""
+    per_sequence = [sum(group) / len(group) for group in ratios]
+    per_token = [sum(group) / n for group, n in zip(ratios, draws, strict=True)]
+    return {
+        "kl_per_sequence": sum(per_sequence) / len(per_sequence),
+        "kl_per_sequence_interval": bootstrap_interval(per_sequence),
+        "kl_per_token": sum(map(sum, ratios)) / sum(draws),
+        "kl_per_token_interval": bootstrap_interval(per_token, draws),
+    }
 
 
 def _self_bleu(texts: list[list[str]]) -> float | None:

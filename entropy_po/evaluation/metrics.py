@@ -73,6 +73,54 @@ def self_bleu(texts: Sequence[str]) -> float:
     return sum(scores) / len(scores) / 100
 
 
+def vendi_score(embeddings: Tensor) -> float:
+    """How many different texts there are, in effect: the exponential of the entropy of the eigenvalues of K / n, with K the
+    cosine similarities of n texts. 1 where all are the same, n where all are orthogonal.
+
+    Grows with n: compare samples of one size.
+
+    Args:
+        embeddings: [n, D], any scale; computed in fp64.
+    Raises:
+        ValueError: no texts, or an embedding of length 0.
+    Example:
+        >>> round(vendi_score(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])), 4)  # exp of the entropy of (1/3, 2/3)
+        1.8899
+
+    Source: arXiv 2210.02410, with q = 1.
+    """
+    eigenvalues = torch.linalg.svdvals(_unit_rows(embeddings)).square() / len(embeddings)
+    return float(torch.special.entr(eigenvalues).sum().exp())
+
+
+def semantic_distance(embeddings: Tensor) -> float:
+    """Mean over the pairs of n >= 2 texts of 1 minus their cosine similarity: 0 for the same meaning, 1 for unrelated ones.
+
+    Args:
+        embeddings: [n, D], any scale; computed in fp64.
+    Raises:
+        ValueError: fewer than two texts, or an embedding of length 0.
+    Example:
+        >>> round(semantic_distance(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])), 4)  # of 1, 1 and 0
+        0.6667
+    """
+    n = len(embeddings)
+    if n < 2:
+        raise ValueError(f"embeddings must be of two texts or more, got {n}; each is compared with the others.")
+    similar = float(_unit_rows(embeddings).sum(0).square().sum()) - n
+    return 1.0 - similar / (n * (n - 1))
+
+
+def _unit_rows(embeddings: Tensor) -> Tensor:
+    x = embeddings.double()
+    lengths = x.norm(dim=-1, keepdim=True)
+    if x.dim() != 2 or len(x) == 0 or not bool((lengths > 0).all()):
+        raise ValueError(
+            f"embeddings must be [n, D] with n > 0 and no row of zeros, got shape {tuple(x.shape)}; leave out what has none."
+        )
+    return x / lengths
+
+
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k answers is right, from n >= k samples of which c are: no more, no less
     than the share of the n-choose-k draws without replacement that hold a right one,

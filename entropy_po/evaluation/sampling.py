@@ -105,15 +105,26 @@ def sample_answers(
     return [answers[i : i + answers_per_prompt] for i in range(0, total, answers_per_prompt)]
 
 
+def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """The token ids that the answers to user messages follow."""
+    texts, add_special_tokens = _prompt_texts(tokenizer, prompts)
+    return tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+
+
 def _left_padded(tokenizer, prompts: Sequence[str]):
-    texts, has_template = list(prompts), tokenizer.chat_template is not None
-    if has_template:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    texts, add_special_tokens = _prompt_texts(tokenizer, prompts)
     return tokenizer(
-        texts, add_special_tokens=not has_template, padding=True, padding_side="left", return_tensors="pt",
+        texts, add_special_tokens=add_special_tokens, padding=True, padding_side="left", return_tensors="pt",
         return_token_type_ids=False,
     )  # fmt: skip
+
+
+def _prompt_texts(tokenizer, prompts: Sequence[str]) -> tuple[list[str], bool]:
+    """(texts, whether the tokenizer's own special tokens are to be added: a chat template brings them along)."""
+    if tokenizer.chat_template is None:
+        return list(prompts), True
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False), False
 
 
 def end_tokens(model, tokenizer) -> list[int]:

@@ -173,11 +173,9 @@ class DualArguments:
     min_reward: float | None = _arg(None, "qempo, qempo_kl: R, the mean reward to reach; moves lam. None: lam stays.")
     max_kl: float | None = _arg(None, "qempo_kl: K, the KL budget in nats per answer; moves mu. None: mu stays.")
     relative_to: str | None = _arg(None, "Folder of a measured run: R is its reward + min_reward, K its KL * max_kl.")
-    lam_lr: float = _arg(
-        0.05,
-        "Step of log lam per batch of samples and unit of reward; small, so that lam moves slower than the policy learns.",
-    )
-    mu_lr: float = _arg(0.05, "Step of mu per batch of samples and relative excess of the KL.")
+    lam_lr: float = _arg(0.3, "Step of log lam per batch of samples and unit of reward.")
+    mu_lr: float = _arg(0.02, "Step of log(1 + mu) per batch of samples and relative excess of the KL.")
+    dual_horizon: float = _arg(100.0, "Batches that the policy takes to learn; lam and mu move by where it is heading.")
     lam_min: float | None = _arg(None, "Lower bound of lam; default lam / 1000.")
     lam_max: float | None = _arg(None, "Upper bound of lam; default lam * 1000.")
     mu_max: float = _arg(100.0, "Upper bound of mu.")
@@ -187,6 +185,7 @@ class DualArguments:
     def _check_targets(self) -> None:
         for name in ("lam_lr", "mu_lr", "dual_tolerance", "dual_warmup"):
             _check_number(name, getattr(self, name), 0, "0 holds still")
+        _check_number("dual_horizon", self.dual_horizon, 0, "0 is for a policy that follows lam and mu at once")
         if self.relative_to is not None and self.min_reward is None and self.max_kl is None:
             raise ValueError("relative_to needs min_reward, max_kl or both, which it is the origin of.")
 
@@ -213,6 +212,7 @@ class DualArguments:
             max_kl=max_kl,
             lam_step=self.lam_lr,
             mu_step=self.mu_lr,
+            horizon=self.dual_horizon,
             lam_bounds=(self.lam_min or self.lam / 1000, self.lam_max or self.lam * 1000),
             mu_bounds=(0.0, self.mu_max),
             warmup=self.dual_warmup,
