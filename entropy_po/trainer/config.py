@@ -179,7 +179,9 @@ class DualArguments:
     lam_min: float | None = _arg(None, "Lower bound of lam; default lam / 1000.")
     lam_max: float | None = _arg(None, "Upper bound of lam; default lam * 1000.")
     mu_max: float = _arg(100.0, "Upper bound of mu.")
-    dual_warmup: int = _arg(5, "Batches of samples before lam and mu move.")
+    dual_warmup: int = _arg(
+        20, "Batches before lam and mu move; a fifth of dual_horizon or more, as no trend shows sooner."
+    )
     dual_tolerance: float = _arg(0.02, "Below R in reward, or above K relatively, what still counts as holding it.")
 
     def _check_targets(self) -> None:
