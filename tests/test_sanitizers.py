@@ -1,9 +1,11 @@
 """The compiled CPU kernels under the tools that see what a right result hides: reads past an end, races, undefined values."""
 
+import json
 import os
 import platform
 import shutil
 import subprocess
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from entropy_po import tiles
 HERE = Path(__file__).resolve().parent / "sanitizers"
 CSRC = HERE.parent.parent / "csrc"
 CORE = tiles.compiled_core()
+TILES = ("tile.h", "tile_cpu_impl.h", "half.h")
 KERNELS = ["gemm_bf16", "tile_cpu_baseline", "tile_cpu_x86_v3", "tile_cpu_x86_v4"]
 
 pytestmark = [
@@ -77,3 +80,38 @@ def test_twenty_thousand_tiles(program, seed):
 def test_values_never_written(program, seed):
     """valgrind has no AVX-512: it runs the other levels, and sees a branch on memory that nobody wrote."""
     run(program, seed, 8, ["valgrind", "--error-exitcode=9", "--quiet"])
+
+
+def test_every_line_runs_and_every_condition_goes_both_ways(tmp_path, seed):
+    """By gcov, over all instantiations and instruction sets; of the products every line. What no generated case reaches, no
+    sanitizer has seen."""
+    # without OpenMP, which moves the loops to functions that gcov takes for the compiler's own
+    program = build(tmp_path, ["-O0", "-fno-openmp", "--coverage"], ["--coverage"])
+    run(program, seed, 60)
+    done = subprocess.run(
+        ["gcov", "--json-format", "--stdout", "--branch-probabilities", *map(str, tmp_path.glob("*.gcda"))],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines, branches = Counter(), Counter()
+    for report in map(json.loads, done.stdout.splitlines()):
+        for file in report["files"]:
+            name = Path(file["file"]).name
+            if Path(file["file"]).parent != CSRC:
+                continue
+            for line in file["lines"]:
+                lines[name, line["line_number"]] += line["count"]
+                if "switch (a.dtype)" in (CSRC / name).read_text().splitlines()[line["line_number"] - 1]:
+                    continue  # to none of its cases: there are no other dtypes
+                for i, branch in enumerate(line["branches"]):
+                    if name in TILES and not branch["throw"]:
+                        # inlining repeats a condition, with copies for constants that never hold: both ways, somewhere
+                        branches[name, line["line_number"], i % 2] += branch["count"]
+    assert {*TILES, "gemm_bf16.cpp"} <= {name for name, _ in lines}
+    source = (CSRC / "gemm_bf16.cpp").read_text().splitlines()
+    out_of_memory = {
+        ("gemm_bf16.cpp", i + d) for i, text in enumerate(source, 1) if "if (!own)" in text for d in (1, 2, 3)
+    }
+    missed = sorted(where for counted in (lines, branches) for where, count in counted.items() if not count)
+    missed = [where for where in missed if where not in out_of_memory]
+    assert not missed, "\n".join(map(str, missed))
