@@ -2,6 +2,7 @@
 
 import os
 import sys
+import zlib
 from collections import Counter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,6 +19,23 @@ pytest.register_assert_rewrite("tile_contract")
 PACKAGE = f"{os.sep}entropy_po{os.sep}"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """New inputs each run; ENTROPY_PO_TEST_SEED, inherited by the processes that tests start, brings a run's back."""
+    run = os.environ.setdefault("ENTROPY_PO_TEST_SEED", str(int.from_bytes(os.urandom(4), "little")))
+    if config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = run
+
+
+def pytest_report_header():
+    return f"the inputs of this run again: ENTROPY_PO_TEST_SEED={os.environ['ENTROPY_PO_TEST_SEED']}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(pytest_report_header())
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
@@ -27,11 +45,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """A new seed each run; a failure shows it, and ENTROPY_PO_TEST_SEED brings it back."""
-    value = int(os.environ.get("ENTROPY_PO_TEST_SEED", "0")) or int.from_bytes(os.urandom(4), "little")
+    """Another number for each test and each run."""
+    value = zlib.crc32(f"{os.environ['ENTROPY_PO_TEST_SEED']} {request.node.nodeid}".encode())
     torch.manual_seed(value)
-    request.node.user_properties.append(("seed", value))
-    print(f"ENTROPY_PO_TEST_SEED={value}")
     return value
 
 

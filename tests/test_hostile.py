@@ -171,6 +171,19 @@ def exact_logits(call):
     return exact.masked_fill(overflows, NAN) if hidden.dtype != torch.float64 else exact
 
 
+def depends_on_order(call):
+    """[N] bool: a product of terms of both signs, some of whose partial sums leave the range of fp32 and some do not."""
+    rows = torch.zeros(N, dtype=torch.bool)
+    for hidden, weight in (("hidden_states", "weight"), ("ref_hidden_states", "ref_weight")):
+        if call.get(hidden) is not None and call[hidden].dtype != torch.float64:
+            w = call["weight"] if call.get(weight) is None else call[weight]
+            terms = call[hidden].double()[:, None] * w.double()
+            above, below = terms.clamp_min(0).sum(-1), -terms.clamp_max(0).sum(-1)
+            largest = torch.finfo(torch.float32).max
+            rows |= ((torch.maximum(above, below) > largest) & (torch.minimum(above, below) > 0)).any(-1)
+    return rows
+
+
 def definition_of_token_stats(call):
     return exact_stats(call["logits"].double(), call)
 
@@ -330,9 +343,14 @@ def test_refused_by_name_or_right(function_name, name, seed):
         except Exception as error:
             problems.append(f"{what}: accepted, but its definition says {type(error).__name__}: {str(error)[:100]}")
             continue
+        undecided = depends_on_order(call)
         for a, b in zip(ours, exact, strict=True):
-            if a is None:
+            if a is None or undecided.all():
                 continue
+            if undecided.any():
+                if a.shape != undecided.shape:
+                    continue  # a sum over rows
+                a, b = a[~undecided], b[~undecided]
             low = call.get("hidden_states", call.get("logits"))
             tolerance = 5e-2 if low.dtype in (torch.bfloat16, torch.float16) or "bfloat16" in what else 2e-4
             scale = 1e31 if what == "huge" else 1.0  # of the numbers that a margin is a difference of
