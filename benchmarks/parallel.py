@@ -71,7 +71,7 @@ def rank_main(rank: int, port: int, rounds: int, results) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     results = mp.get_context("spawn").Queue()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # finds a free port

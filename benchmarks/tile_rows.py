@@ -1,8 +1,9 @@
 """What the height of a tile costs: `python -m benchmarks.tile_rows` writes benchmarks/results/cpu/tile_rows.md.
 
-Two questions. How many rows of logits must a deferred tile have to beat computing the logits twice? MIN_TILE_ROWS of
+Three questions. How many rows of logits must a deferred tile have to beat computing the logits twice? MIN_TILE_ROWS of
 entropy_po.plan is the answer. And what do the bare products cost when they are cut into tiles of whole rows, as a budget cuts
-them? No method that keeps whole rows in the budget is faster than that.
+them? No method that keeps whole rows in the budget is faster than that. And what
+does it save that a CPU's workspace is not fresh from the system at every call (entropy_po.pages)?
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import torch
 
 from benchmarks.report import RESULTS
+from entropy_po import pages
 from entropy_po.bench.implementations import pair_loss
 from entropy_po.bench.problem import Case, Problem
 from entropy_po.bench.timing import ratio, time_interleaved
@@ -72,6 +74,23 @@ def bare_products_in_tiles(rounds: int, n: int = 1024, d: int = 576) -> list[str
     return lines
 
 
+def fresh_workspace(rounds: int) -> list[str]:
+    lines = ["| case | fresh / kept |", "|---|---:|"]
+    for dtype in ("float32", "bfloat16"):
+        problem = Problem(Case("pair", 1024, 49152, 576, dtype))
+
+        def kept(problem=problem):
+            problem.run(pair_loss)
+
+        def fresh(kept=kept):
+            with pages.from_torch():
+                kept()
+
+        seconds = time_interleaved({"kept": kept, "fresh": fresh}, rounds)
+        lines.append(f"| {problem.case.name} | {ratio(seconds['fresh'], seconds['kept']):.2f} |")
+    return lines
+
+
 def main(rounds: int = 5) -> None:
     lines = [
         "# The height of a tile, on a CPU",
@@ -85,6 +104,10 @@ def main(rounds: int = 5) -> None:
         "The bare products of 1,024 rows, D 576, in tiles of as many whole rows as 256 MiB hold, as multiples of one product each.",
         "",
         *bare_products_in_tiles(rounds),
+        "",
+        "The loss of a pair, forward and backward, with a workspace fresh from the system at every call.",
+        "",
+        *fresh_workspace(rounds),
     ]
     text = "\n".join(lines) + "\n"
     (RESULTS / "cpu" / "tile_rows.md").write_text(text)

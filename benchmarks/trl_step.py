@@ -92,7 +92,7 @@ def exact_loss(trainer, batch: dict) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=4, help="pairs in a step")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mixed", action="store_true", help="fp32 weights under autocast, not bf16 weights")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
@@ -115,7 +115,7 @@ def main() -> int:
     lines = [
         "# A DPO step through TRL on a CPU",
         "",
-        f"`python -m benchmarks.trl_step{' --mixed' if options.mixed else ''}`: SmolLM2-135M, {options.pairs} pairs of "
+        f"`python -m benchmarks.trl_step --write{' --mixed' if options.mixed else ''}`: SmolLM2-135M, {options.pairs} pairs of "
         f"{answers} answer tokens in {tokens} positions, {what}, {torch.get_num_threads()} threads, medians of "
         f"{options.rounds} interleaved rounds. Wanted: {WANTED_RATIO} times TRL's speed, the loss to {WANTED_LOSS:g} of {truth:.6f}, "
         "which the same hidden states give with logits in fp64.",

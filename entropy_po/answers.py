@@ -1,6 +1,7 @@
 """The answers of a padded batch, packed for the operators: one forward of the model, and no logits."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,13 @@ class Answers(NamedTuple):
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
             head,
             aux_loss,
+        )
+
+    def loss(self, operator: Callable, *args, **options) -> Any:
+        """What `linear_preference_loss` or `sequence_loss` makes of these answers, the head's own transform included; `args`
+        and `options` are the operator's."""
+        return operator(
+            self.hidden_states, self.head.weight, self.labels, self.cu_seqlens, *args, **self.head.options, **options
         )
 
 

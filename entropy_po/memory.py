@@ -27,7 +27,7 @@ def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
-        return _status_bytes("VmHWM")
+        return _status()["VmHWM"]
     except OSError:
         pass
     try:
@@ -42,9 +42,12 @@ def held_bytes() -> int:
     without asking. CPU: Linux only."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    return _status_bytes("Rss", "smaps_rollup") - _status_bytes("LazyFree", "smaps_rollup")
+    pages_now = _status("smaps_rollup")
+    return pages_now["Rss"] - pages_now["LazyFree"]
 
 
-def _status_bytes(field: str, file: str = "status") -> int:
+def _status(file: str = "status") -> dict[str, int]:
+    """Bytes by name, of the lines of a file of /proc/self that are in kB."""
     with open(f"/proc/self/{file}") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+        words = [line.split() for line in lines]
+    return {word[0].rstrip(":"): int(word[1]) * 1024 for word in words if word[2:] == ["kB"]}

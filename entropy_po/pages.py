@@ -1,7 +1,7 @@
 """Memory of the CPU that outlives a call: a CUDA workspace comes from torch's caching allocator, this does it for a CPU.
 
-Memory fresh from the system costs a fault and 4096 zeros per page: for a tile of logits a tenth of the time of the products
-that make it. So it is given back to the system lazily (MADV_FREE): the system takes a page when it needs one, and a page it
+Memory fresh from the system costs a fault and 4096 zeros per page, which for a tile of logits shows beside the products that
+make it (`python -m benchmarks.tile_rows`). So it is given back to the system lazily (MADV_FREE): the system takes a page when it needs one, and a page it
 has not taken costs the next call nothing.
 """
 

@@ -50,6 +50,17 @@ def backward_of(outputs):
     (loss + 0.1 * logps.sum() - 0.2 * entropy.sum()).backward()
 
 
+def assert_same_as_twin(model, output, twin, batch):
+    """Values and gradients, against the eager model in fp64."""
+    ours, truth = (output.loss, output.logps, output.entropy), eager(twin, batch)
+    for mine, theirs in zip(ours, truth, strict=True):
+        assert_close(mine, theirs, 2e-5)
+    backward_of(ours)
+    backward_of(truth)
+    twin.norm = sum(p.grad.norm() ** 2 for p in twin.parameters() if p.grad is not None) ** 0.5
+    assert_same_gradients(model, twin, 2e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_logps_entropy_and_gradients_equal_fp64_logits(family, operator_calls):
     model = make_model(family)
@@ -62,14 +73,7 @@ def test_loss_logps_entropy_and_gradients_equal_fp64_logits(family, operator_cal
     output = model(**batch)
     assert operator_calls == {"linear_token_stats": 1}
     assert isinstance(output, FusedOutput) and "logits" not in output
-    truth = eager(twin, batch)
-    ours = output.loss, output.logps, output.entropy
-    for mine, theirs in zip(ours, truth, strict=True):
-        assert_close(mine, theirs, 2e-5)
-    backward_of(ours)
-    backward_of(truth)
-    twin.norm = sum(p.grad.norm() ** 2 for p in twin.parameters() if p.grad is not None) ** 0.5
-    assert_same_gradients(model, twin, 2e-4)
+    assert_same_as_twin(model, output, twin, batch)
     assert (output.aux_loss is not None) == getattr(model.config, "output_router_logits", False)
 
 
@@ -135,15 +139,9 @@ def test_peft(whole_head, operator_calls):
     twin = copy.deepcopy(model).double()
     fuse_lm_head(model)
     operator_calls.clear()
-    ours = model(**batch)
-    ours, truth = (ours.loss, ours.logps, ours.entropy), eager(twin, batch)
+    output = model(**batch)
     assert operator_calls["linear_token_stats"] == 1
-    for mine, theirs in zip(ours, truth, strict=True):
-        assert_close(mine, theirs, 2e-5)
-    backward_of(ours)
-    backward_of(truth)
-    twin.norm = sum(p.grad.norm() ** 2 for p in twin.parameters() if p.grad is not None) ** 0.5
-    assert_same_gradients(model, twin, 2e-4)
+    assert_same_as_twin(model, output, twin, batch)
     with model.disable_adapter(), twin.disable_adapter():
         assert_close(model(**batch).loss, eager(twin, batch)[0], 2e-5)
 

@@ -45,10 +45,7 @@ def fully_sharded(tied, reshard, own_unit):
 
     def loss_of(model, pairs):
         answers = Answers.of(model, PairCollator()(pairs))
-        return linear_preference_loss(
-            answers.hidden_states, answers.head.weight, answers.labels, answers.cu_seqlens,
-            objective=EntropyObjective.qempo(2.0), reduction="sum", **answers.head.options,
-        ).loss  # fmt: skip
+        return answers.loss(linear_preference_loss, objective=EntropyObjective.qempo(2.0), reduction="sum").loss
 
     whole, model = make_model(tie_word_embeddings=tied), make_model(tie_word_embeddings=tied)
     for layer in model.model.layers:

@@ -29,6 +29,10 @@ def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
         raise ValueError(f"{name} has dtype {tensor.dtype}; use float32, bfloat16, float16 or float64.")
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} has layout {tensor.layout}; use {name}.to_dense().")
+    check_loaded(name, tensor)
+
+
+def check_loaded(name: str, tensor: Tensor) -> None:
     if tensor.device.type == "meta":
         raise ValueError(f"{name} is on the meta device, which holds no values; load it first.")
 
@@ -69,8 +73,7 @@ def check_offsets(cu_seqlens: Tensor) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
         got = f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}" if isinstance(cu_seqlens, Tensor) else cu_seqlens
         raise ValueError(f"cu_seqlens must be a 1-D int32 or int64 tensor of offsets, got {got!r}.")
-    if cu_seqlens.device.type == "meta":
-        raise ValueError("cu_seqlens is on the meta device, which holds no values; best keep it on the CPU.")
+    check_loaded("cu_seqlens", cu_seqlens)
     if cu_seqlens.numel() == 0:
         raise ValueError("cu_seqlens is empty; it starts with 0 and ends with the number of rows.")
 

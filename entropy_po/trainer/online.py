@@ -211,18 +211,14 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
         with self.accelerator.autocast():
             answers = Answers.of(model, inputs)
             outputs, coupled = rollout.outputs, rollout.coupled
-            output = sequence_loss(
-                answers.hidden_states,
-                answers.head.weight,
-                answers.labels,
-                answers.cu_seqlens,
+            output = answers.loss(
+                sequence_loss,
                 rollout.loss_fn(len(answers.labels)),
                 coupled=coupled,
                 outputs=outputs,
                 temperature=self.args.temperature,
                 workspace_bytes=self.args.workspace_bytes,
                 strategy=self.args.strategy,
-                **answers.head.options,
             )
         num_answers = len(rollout.rewards)
         total = self._with_router_loss(model, output.loss, answers.aux_loss, num_answers)

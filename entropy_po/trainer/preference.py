@@ -129,11 +129,8 @@ class PreferenceTrainer(HeadTrainer):
         """Sum of the pair losses, with all that the metrics read; and the router loss."""
         with self.accelerator.autocast():
             answers = Answers.of(model, inputs)
-            output = linear_preference_loss(
-                answers.hidden_states,
-                answers.head.weight,
-                answers.labels,
-                answers.cu_seqlens,
+            output = answers.loss(
+                linear_preference_loss,
                 objective=self.objective,
                 ref_logps=inputs["ref_logps"] if self.objective.needs_reference else None,
                 loss=self.args.loss,
@@ -143,7 +140,6 @@ class PreferenceTrainer(HeadTrainer):
                 temperature=self.args.temperature,
                 workspace_bytes=self.args.workspace_bytes,
                 strategy=self.args.strategy,
-                **answers.head.options,
             )
         return output, answers.aux_loss
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 
 from entropy_po.heads import evaluation_mode, head_of
 from entropy_po.trainer.data import PairDataset, pad_rows
+from entropy_po.trainer.safety import save_whole
 
 _SAMPLES = 64  # elements of each weight that are hashed in place, beside the sum over all its bits
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -59,7 +59,7 @@ def attach_reference(
             if logps is None:
                 logps = _compute(dataset, model, logps_of, batch_size, pad_token_id, accelerator, progress)
                 if accelerator.is_main_process:
-                    _save(path, fingerprint, logps)
+                    save_whole(path, {"ref_logps": logps}, metadata={"fingerprint": fingerprint})
     finally:
         model.to(home)
     pairs = zip(dataset.pairs, logps.tolist(), strict=True)
@@ -106,15 +106,6 @@ def _load(path: Path, fingerprint: str, num_pairs: int) -> Tensor | None:
         )
         return None
     return logps
-
-
-def _save(path: Path, fingerprint: str, logps: Tensor) -> None:
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({"ref_logps": logps.contiguous()}, scratch, metadata={"fingerprint": fingerprint})
-    os.replace(scratch, path)  # readers see the whole file or none
 
 
 def _fingerprint(model: nn.Module, dataset: PairDataset, settings: dict) -> str:

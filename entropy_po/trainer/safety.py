@@ -79,6 +79,16 @@ class StopAfterStep(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that readers see whole or not at all."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, scratch, metadata=metadata)
+    os.replace(scratch, path)
+
+
 def check_finite(loss: Tensor, inputs: dict, step: int, folder: str | Path, rank: int = 0) -> None:
     """Before the optimiser has used its gradient: the weights are still those of the last step.
 
@@ -87,12 +97,8 @@ def check_finite(loss: Tensor, inputs: dict, step: int, folder: str | Path, rank
     """
     if torch.isfinite(loss):
         return
-    from safetensors.torch import save_file
-
     path = Path(folder, f"nonfinite-step-{step}-rank-{rank}.safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in inputs.items() if isinstance(x, Tensor)}
-    save_file(tensors, path)
+    save_whole(path, {name: x.clone() for name, x in inputs.items() if isinstance(x, Tensor)})
     raise FloatingPointError(
         f"the loss of step {step} is {loss.item()}; its batch is in {path}, and no weight has changed since step {step - 1}. "
         "A lower learning_rate or max_grad_norm, or fp32 instead of fp16, is the usual remedy; a damaged example the other."

@@ -172,11 +172,8 @@ class PairTrainer(DPOTrainer):
         routed = {"output_router_logits": True} if self.aux_loss_enabled else {}
         with self.accelerator.autocast():
             answers = Answers.of(model, _answers(inputs), **routed)
-            output = linear_preference_loss(
-                answers.hidden_states,
-                answers.head.weight,
-                answers.labels,
-                answers.cu_seqlens,
+            output = answers.loss(
+                linear_preference_loss,
                 objective=self.objective,
                 ref_logps=ref_logps,
                 loss=self.loss_types[0],
@@ -184,7 +181,6 @@ class PairTrainer(DPOTrainer):
                 nll_coef=self.args.nll_coef,
                 workspace_bytes=self.args.workspace_bytes,
                 strategy=self.args.strategy,
-                **answers.head.options,
             )
         loss = output.loss
         if self.aux_loss_enabled:
