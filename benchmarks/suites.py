@@ -20,38 +20,40 @@ class Row:
     rounds: int | None = None  # where the suite's own number would take too long
 
 
+SLOW = 3  # rounds where a reading takes seconds
 NO_PEERS = (OURS, f"{OURS} recompute")
 SIX = (OURS, f"{OURS} recompute", "eager", "torch.compile", "TRL", "Liger DPO")
 
 
 def cpu(long: bool) -> dict[str, list[Row]]:
     logits = [
-        Row(Case("logits", 512, v, dtype=dtype, backward=backward), rounds=5 if v == 32768 else 3)
+        Row(Case("logits", 512, v, dtype=dtype, backward=backward))
         for v in (32768, 151936) for dtype in (FP32, BF16) for backward in (False, True)
     ]  # fmt: skip
     logits += [Row(Case("logits", 512, 32768, dtype=dtype, entropy=False, peaked=True)) for dtype in (FP32, BF16)]
-    hidden = [Row(Case("hidden", 512, 32768, 1024, dtype)) for dtype in (FP32, BF16)]
+    hidden = [Row(Case("hidden", 512, 32768, 1024, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
     hidden += [
-        Row(Case("hidden", 512, 32768, 1024, BF16, trained=False)),
-        Row(Case("hidden", 512, 32768, 1024, BF16, entropy=False, peaked=True)),
-        Row(Case("hidden", 1024, 49152, 576, BF16, backward=False)),
+        Row(Case("hidden", 512, 32768, 1024, BF16, trained=False), rounds=SLOW),
+        Row(Case("hidden", 512, 32768, 1024, BF16, entropy=False, peaked=True), rounds=SLOW),
+        Row(Case("hidden", 1024, 49152, 576, BF16, backward=False), rounds=SLOW),
     ]
-    nll = [Row(Case("nll", 1024, 32768, 576, dtype)) for dtype in (FP32, BF16)]
+    nll = [Row(Case("nll", 1024, 32768, 576, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
     pair = [Row(Case("pair", 1024, 49152, 576, dtype), SIX) for dtype in (FP32, BF16)]
     pair += [Row(Case("pair", 1024, 49152, 576, dtype, trained=False), NO_PEERS) for dtype in (FP32, BF16)]
     pair += [
-        Row(Case("pair", 1024, 151936, 576, dtype, trained), NO_PEERS, 3)
+        Row(Case("pair", 1024, 151936, 576, dtype, trained), NO_PEERS, SLOW)
         for dtype in (FP32, BF16) for trained in (True, False)
     ]  # fmt: skip
-    pair += [Row(Case("pair", 4096, 49152, 576, dtype), NO_PEERS, 3) for dtype in (FP32, BF16)]
+    pair += [Row(Case("pair", 4096, 49152, 576, dtype), NO_PEERS, SLOW) for dtype in (FP32, BF16)]
     if long:
         pair += [
-            Row(Case("pair", n, v, d, dtype, trained), NO_PEERS, 3 if n * d * v < 3e11 else 1)
+            Row(Case("pair", n, v, d, dtype, trained), NO_PEERS, SLOW if n * d * v < 3e11 else 1)
             for n, v, d in ((1024, 49152, 1024), (1024, 151936, 1024), (4096, 151936, 1024), (16384, 49152, 576),
                             (16384, 151936, 1024))
             for dtype in (FP32, BF16) for trained in (True, False) if trained or n < 16384
         ]  # fmt: skip
-    step, scaling = [Row(StepCase(), (OURS, "eager"))], [Row(case, (OURS, "eager", "TRL"), 3) for case in SCALED]
+    step = [Row(StepCase(), (OURS, "eager"), SLOW)]
+    scaling = [Row(case, (OURS, "eager", "TRL")) for case in SCALED]
     return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair, "step": step, "scaling": scaling}
 
 

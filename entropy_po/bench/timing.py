@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 NOISY = 0.25  # a spread above which a few percent are not to be believed
-CUDA_SECONDS = 0.02  # a CUDA call is repeated until one reading takes this long, so that its launch does not count
+# A call is repeated until one reading takes this long: on CUDA so that its launch does not count, on a CPU so that an
+# interruption or the state in which the one before left caches and allocator does not.
+READING_SECONDS = {"cuda": 0.02, "cpu": 0.1}
 
 
 def timed(run: Callable[[], Any], repeats: int = 1) -> float:
@@ -27,8 +29,9 @@ def timed(run: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def repeats_for(run: Callable[[], Any]) -> int:
-    """How often a reading calls `run`: once on a CPU. It has been called before."""
-    return max(1, round(CUDA_SECONDS / timed(run))) if torch.cuda.is_available() else 1
+    """How often a reading calls `run`, which has been called before."""
+    seconds = READING_SECONDS["cuda" if torch.cuda.is_available() else "cpu"]
+    return max(1, round(seconds / timed(run)))
 
 
 def median_ms(run: Callable[[], Any], rounds: int = 7) -> float:

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -181,7 +182,10 @@ def _prepare_model(model: nn.Module, args: TrainingConfig, peft_config) -> nn.Mo
     from peft import get_peft_model
 
     try:
-        model = get_peft_model(model, peft_config)
+        with warnings.catch_warnings():
+            # peft asks transformers by an attribute's old name
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            model = get_peft_model(model, peft_config)
     except ValueError as error:
         raise ValueError(f"lora_target_modules: {str(error).splitlines()[0]}") from error
     if args.gradient_checkpointing:
