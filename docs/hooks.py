@@ -9,9 +9,14 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = (
-    "*.md", "LICENSE", "docs/**/*.md", "docs/**/*.png", "docs/**/*.svg", "docs/**/*.yaml", "benchmarks/results/**/*.*",
+    "*.md", "LICENSE", "docs/**/*.md", "docs/**/*.png", "docs/**/*.svg", "docs/**/*.yaml", "docs/*.css", "benchmarks/results/**/*.*",
     "entropy_po/**/*.py", "kernels/*.*", "csrc/**/*.*", "examples/*.py", "tests/*.py", "benchmarks/*.py",
 )  # fmt: skip
+# the names of sections here, and those that the parser of Google's style reads
+SECTIONS = {name: name for name in ("Args", "Returns", "Raises", "Attributes", "Numerics", "Note")} | {
+    "Example": "Examples"
+}
+SECTION = re.compile(rf"^({'|'.join(SECTIONS)}):$", re.MULTILINE)
 
 
 def on_files(files: Files, config) -> Files:
@@ -19,7 +24,7 @@ def on_files(files: Files, config) -> Files:
 
     Only the web addresses of docs/ leave that name out.
     """
-    for file in list(files.documentation_pages()) + list(files.media_files()):
+    for file in [file for file in files if file.src_dir == config.docs_dir]:  # not the theme's
         files.remove(file)
     for path in sorted({path for pattern in SITE for path in ROOT.glob(pattern) if path.is_file()}):
         name = path.relative_to(ROOT).as_posix()
@@ -30,11 +35,11 @@ def on_files(files: Files, config) -> Files:
 
 
 class Docstrings(griffe.Extension):
-    """`Example:` is Google's `Examples:`; a comment behind a field, or the help text of an argument, documents it."""
+    """Sections need no empty line before them; a comment behind a field, or the help text of an argument, documents it."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring:
-            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = SECTION.sub(lambda match: f"\n{SECTIONS[match[1]]}:", obj.docstring.value)
         elif obj.is_attribute and obj.lineno and obj.parent.is_class:
             value = ast.parse(str(obj.value), mode="eval").body if obj.value is not None else None
             parts = [*value.args, *(keyword.value for keyword in value.keywords)] if isinstance(value, ast.Call) else []
