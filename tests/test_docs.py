@@ -95,6 +95,13 @@ def test_the_site_has_no_dead_link(site):
                 assert unquote(url.fragment) in site[found].ids | {"__skip", ""}, f"{path} links to {target}"
 
 
+def test_lists_and_tables_are_read_as_such(site):
+    """A code host takes a list that follows a line of prose; the site wants an empty line between them."""
+    for path in site:
+        unread = re.findall(r"<p>[^<]*\n(?:[-*] |\|).*", path.read_text(encoding="utf-8"))
+        assert not unread, f"{path}: {unread}"
+
+
 def public_names(module):
     """Of a module: __all__, or else what it defines; of a package without one, what it hands on."""
     if hasattr(module, "__all__"):
