@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cuda/*)
 
-.PHONY: demo test test-fast lint bench gpu-check pairs clean
+.PHONY: demo test test-fast lint docs bench gpu-check pairs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/entropy-po demo
@@ -19,6 +19,10 @@ test-fast: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# the documentation as a site, into site/; tests/test_docs.py builds it the same way
+docs: $(VENV)/dev.stamp
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks
@@ -39,4 +43,4 @@ $(VENV)/%.stamp: $(SOURCES) | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info entropy_po/_C*.so runs
+	rm -rf $(VENV) build dist *.egg-info entropy_po/_C*.so runs site

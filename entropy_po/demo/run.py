@@ -261,7 +261,7 @@ def what_it_shows(rows: dict[str, dict], sizes: Sizes) -> str:
     lengths = ", ".join(f"{name} {rows[name]['mean_length'] / base['mean_length'] - 1:+.0%}" for name in RUNS)
     return "\n".join(
         [
-            "What this run shows:",
+            "What this run shows:\n",
             "- Entropy per token by alpha: "
             + ", ".join(f"{ALPHAS[name]:g}: {entropy:.3f}" for name, entropy in zip(names, entropies, strict=True))
             + f". It {trend} with alpha; {spread}, {resolved}. Theory says that it rises at the optimum; these runs stop "
@@ -270,7 +270,7 @@ def what_it_shows(rows: dict[str, dict], sizes: Sizes) -> str:
             f"{_listed(down)}; the rest cannot be told apart from it.",
             f"- Held-out pairs whose chosen answer gained on the rejected one (chance: 50 %): {gains}.",
             f"- Change in length, which moves distinct-2 and entropy by itself: {lengths}.",
-            "What it does not show:",
+            "\nWhat it does not show:\n",
             f"- Which method is better. It is one training seed, {sizes.steps} steps of {sizes.pairs_per_step} pairs, far "
             "from convergence, and a 135M model in 4-bit weights; the intervals hold the sampling of prompts only.",
             "- Behaviour at equal reward or KL. alpha also scales the gradient (a = alpha * beta), so the runs differ in "
