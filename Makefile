@@ -22,7 +22,7 @@ lint: $(VENV)/dev.stamp
 
 # the documentation as a site, into site/; tests/test_docs.py builds it the same way
 docs: $(VENV)/dev.stamp
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks

@@ -198,8 +198,10 @@ class DualAscent:
 
     Args:
         lam, mu: where they start; lam > 0, mu >= 0.
-        min_reward: R, or None. max_kl: K > 0 in nats, or None.
-        lam_step: per update and unit of reward. mu_step: per update and relative excess of the KL.
+        min_reward: R, or None.
+        max_kl: K > 0 in nats, or None.
+        lam_step: per update and unit of reward.
+        mu_step: per update and relative excess of the KL.
         horizon: updates that the policy takes to follow the multipliers, >= 0; 0 if it follows at once.
         lam_bounds, mu_bounds: (lowest, highest).
         warmup: updates that only watch, until the policy has followed the first multipliers.

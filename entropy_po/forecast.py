@@ -85,8 +85,10 @@ def forecast(
     """The forecast of one pair of `tokens` rows over `vocab_ranks` x `sequence_ranks` of the GPUs; others have other pairs.
 
     Args:
-        vocab_ranks: None for one node's GPUs. sequence_ranks: None for as many as leave each at least 8,192 rows.
-        trained: whether the head is. workspace_bytes: as in the operator.
+        vocab_ranks: None for one node's GPUs.
+        sequence_ranks: None for as many as leave each at least 8,192 rows.
+        trained: whether the head is.
+        workspace_bytes: as in the operator.
     Raises:
         ValueError: a number below 1, or groups that do not divide the GPUs.
     """

@@ -185,9 +185,12 @@ def plan_sequences(
         lengths: rows of each sequence.
         coupled: how many consecutive ones a term of the loss reads together: 2 for pairs, 0 if it reads a token alone. Then
             there are no groups, and any tile of at most `choice.tile_rows` rows will do.
-        element: bytes of the arithmetic. wanted: whether any gradient is. trained: whether the weight's is.
+        element: bytes of the arithmetic.
+        wanted: whether any gradient is.
+        trained: whether the weight's is.
         strategy: one of STRATEGIES. One asked for by name is obeyed, whatever the budget.
-        can_defer: whether the loss sees a group through one number. anchored: a known weight on chosen rows beside it.
+        can_defer: whether the loss sees a group through one number.
+        anchored: a known weight on chosen rows beside it.
         converts: whether operands of a product pass through a buffer, which then takes an eighth of the budget.
     Raises:
         ValueError: an unknown strategy, or "deferred" for a loss that cannot be.

@@ -1,4 +1,4 @@
-"""The (a, b) family against theory.md section 5, its identities, autograd, population minimisers and scipy."""
+"""The (a, b) family against worked vectors, its identities, autograd, population minimisers and scipy."""
 
 import doctest
 import math
@@ -16,7 +16,7 @@ from entropy_po.dual import solve_dual
 from entropy_po.objective import LOSSES, EntropyObjective
 
 ROUNDING = 1e-12  # relative, of a few fp64 operations on numbers up to ~1e3
-PRINTED = 0.5e-6 + 1e-12  # half a unit of the sixth decimal, the digits of theory.md's table
+PRINTED = 0.5e-6 + 1e-12  # half a unit of the sixth decimal, the digits they were printed with
 FIRST_PAIR = (-10.0, -12.0, -11.0, -11.5)  # logp_w, logp_l, ref_w, ref_l
 FAMILY = [
     EntropyObjective.dpo(0.1),
@@ -66,7 +66,7 @@ def assert_close(ours, truth, relative=ROUNDING):
     assert worst <= relative, f"worst error {worst:.3g} > {relative:.3g}"
 
 
-# ---- vectors of theory.md section 5 ---------------------------------------------------------------------------------
+# ---- worked vectors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def equal_reward_policy(alpha, rewards, log_ref, min_reward):
 
 
 def test_frontier_of_sixty_outcomes(gen):
-    # theory.md section 5: at equal reward entropy rises with alpha, KL is least at alpha = 1 and flat there.
+    # At equal reward entropy rises with alpha, KL is least at alpha = 1 and flat there.
     rewards, log_ref = toy(gen, 60)
     min_reward = equal_reward_target(rewards, log_ref)
     alphas = (0.8, 0.9, 1.0, 1.1, 1.3, 2.0, 5.0)

@@ -22,7 +22,7 @@ from entropy_po.trainer import EntropyPOConfig, PairCollator, PreferenceTrainer,
 from entropy_po.trainer.checkpoints import last_checkpoint  # noqa: E402
 
 VOCAB = 32
-METHODS = {  # method, its arguments, and (a, b) by hand from theory.md
+METHODS = {  # method, its arguments, and (a, b) by hand
     "hdpo": ({"beta": 0.5, "alpha": 0.8}, 0.4, 0.5),
     "dpo": ({"beta": 0.5}, 0.5, 0.5),
     "spl": ({"alpha_s": 0.6, "beta_s": 0.3}, 0.6, 0.3),

@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -157,14 +156,11 @@ def train(model, tokenizer, pairs: list[dict], name: str, folder: Path, sizes: S
         report_to="none",
         seed=sizes.seed,
     )
-    with warnings.catch_warnings():
-        # transformers warns about its own attribute, `is_gradient_checkpointing`, each time a trainer is made.
-        warnings.simplefilter("ignore", FutureWarning)
-        trainer = PreferenceTrainer(model, arguments, pairs, processing_class=tokenizer)
-        reset_peak()
-        result = trainer.train()
-        peak_memory_mib = peak_bytes() / 2**20
-        trainer.save_model()
+    trainer = PreferenceTrainer(model, arguments, pairs, processing_class=tokenizer)
+    reset_peak()
+    result = trainer.train()
+    peak_memory_mib = peak_bytes() / 2**20
+    trainer.save_model()
     seconds = result.metrics["train_runtime"]
     cost = {"train_seconds": seconds, "seconds_per_step": seconds / sizes.steps, "peak_memory_mib": peak_memory_mib}
     return trainer.model, cost, [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]

@@ -27,7 +27,8 @@ def log_ratios(
 
     Args:
         policy, reference: causal language models with the same token ids, plain or under PEFT.
-        prompts: P user messages. groups: the answers of each, from `sample_answers` with the same tokenizer.
+        prompts: P user messages.
+        groups: the answers of each, from `sample_answers` with the same tokenizer.
         temperature: that of the draws.
     Returns:
         P lists.

@@ -128,7 +128,9 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
         1 - C(n - c, k) / C(n, k)
 
     Args:
-        num_samples: n. num_right: c, 0 to n. k: 1 to n.
+        num_samples: n.
+        num_right: c, 0 to n.
+        k: 1 to n.
     Raises:
         ValueError: k or c out of its range.
     Example:

@@ -74,7 +74,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     """`verl.utils.torch_functional.logprobs_from_logits`: [...] in nats, fp32.
 
     Args:
-        logits: [..., V]. labels: [...].
+        logits: [..., V].
+        labels: [...].
         inplace_backward: the gradient overwrites the logits; what else still needs them raises torch's in-place error.
     """
     return _logits.logps_from_logits(logits, labels, inplace_backward=inplace_backward)

@@ -118,7 +118,8 @@ def linear_preference_loss(
             without gradient, with `ref_weight` [V, D'] and `ref_bias`, or the same weight and bias where there is none.
         loss, label_smoothing: as in `EntropyObjective.pair_loss`.
         nll_coef: >= 0, weight of the mean NLL of the chosen sequence: an anchor against falling log-probs.
-        pair_weights: [B], constants. reduction: "mean" or "sum".
+        pair_weights: [B], constants.
+        reduction: "mean" or "sum".
         workspace_bytes: bound on what lives beside inputs, gradients and the fp32 sum of a half-precision weight's
             gradient; None for 256 MiB on a CPU and a quarter of the free memory on a GPU.
         strategy: "auto", "resident", "deferred" or "recompute" (`entropy_po.plan.plan_sequences`); a name is obeyed.

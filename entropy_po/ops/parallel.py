@@ -117,7 +117,9 @@ class VocabShards:
     def __init__(self, name: str, columns: int, labels: Tensor, **facts: object):
         """
         Args:
-            name: of the group, "" for none. columns: V_r, of this rank. labels: [N], the same on all ranks.
+            name: of the group, "" for none.
+            columns: V_r, of this rank.
+            labels: [N], the same on all ranks.
             facts: whatever else must be equal on all ranks.
         """
         self.ranks = Ranks("vocab_group", name)

@@ -99,7 +99,8 @@ def sequence_loss(
         vocab_group, sequence_group: as in `linear_preference_loss`. Over a sequence_group, `logps`, `entropy` and `lengths`
             are those of whole sequences and the tokens this rank's: a term over sequences must read no tokens, so that
             it is the same number on every rank, and terms over tokens alone (coupled=0) are summed over the ranks.
-        workspace_bytes: as in `linear_preference_loss`. strategy: "auto", "resident" or "recompute".
+        workspace_bytes: as in `linear_preference_loss`.
+        strategy: "auto", "resident" or "recompute".
         bias, temperature, softcap, logit_scale, keep_mask, ignore_index, backend: as in `linear_token_stats`.
 
     Returns:

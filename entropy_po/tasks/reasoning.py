@@ -28,7 +28,9 @@ def rows(task: str, size: int, seed: int = 0, **settings) -> list[dict]:
     """Prompts for training, with what is needed to score an answer in the columns `task`, `settings`, `seed` and `index`.
 
     Args:
-        task: name of a reasoning-gym dataset. size: how many. seed: the same one gives the same tasks.
+        task: name of a reasoning-gym dataset.
+        size: how many.
+        seed: the same one gives the same tasks.
         settings: of the dataset; default `EASY` where the task is in it.
     Raises:
         ImportError: reasoning-gym is not installed. ValueError: no such task, or settings that it does not take.

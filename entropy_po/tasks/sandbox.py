@@ -43,7 +43,8 @@ def run_program(source: str, *, timeout: float = 5.0, memory_mib: int = 512, fil
     Args:
         source: Python source.
         timeout: seconds of wall time, and, rounded up, of CPU time; starting the interpreter counts.
-        memory_mib: address space of the process. file_mib: largest file it may write.
+        memory_mib: address space of the process.
+        file_mib: largest file it may write.
     Raises:
         ValueError: a limit that is not > 0. OSError: not on Linux.
     Example:

@@ -28,7 +28,8 @@ class TransformersGeneration:
     """`model.generate`, many prompts at a time, in evaluation mode, without a gradient.
 
     Args:
-        end_ids: tokens that end an answer. pad_token_id: any id; what is padded is masked.
+        end_ids: tokens that end an answer.
+        pad_token_id: any id; what is padded is masked.
         max_new_tokens, temperature: of the sampling.
         batch_size: answers drawn at a time, rounded down to whole prompts; None for all.
     """
