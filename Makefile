@@ -19,6 +19,8 @@ test-fast: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.cu' '*.h')
+	$(BIN)/mypy
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks

@@ -204,7 +204,7 @@ void tile_case(const CpuKernels& kernels) {
       if (row[j] == -kInf && here && j == label) continue;  // log p is -inf: the caller hears of it from the value
       const double size = std::fabs(gl) + std::fabs(ge) * (1 - t / s);
       close("gradient", ours, exact,
-            kUnit<Out> * std::fabs(exact) + size * (slack + 1e-6 * kUnit<Out>)+1e-7 * (sizeof(Out) == 2));
+            kUnit<Out> * std::fabs(exact) + (1e-6 * kUnit<Out> + slack) * size + 1e-7 * (sizeof(Out) == 2));
     }
   }
   for (int64_t i = 0; i + 1 < rows; ++i) {  // between the rows nothing is written
