@@ -64,7 +64,7 @@ def solve_dual(
             R, K that leave a single feasible point (R the largest reward, K exactly RLHF's KL at R), where the
             multipliers diverge. The message says which argument to move, and past what.
     Numerics:
-        fp64 on the CPU; constraints are met to rounding. Against scipy in tests/test_objective.py.
+        fp64 on the CPU; constraints are met to rounding. Against scipy in tests/test_solve_dual.py.
     Example:
         >>> found = solve_dual(torch.tensor([0.0, 1.0]), None, min_reward=0.75)
         >>> round(found.lam, 6), round(found.entropy, 6)            # log 3, and the entropy of (1/4, 3/4)
