@@ -19,6 +19,8 @@ test-fast: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.cu' '*.h')
+	$(BIN)/mypy
 
 # the documentation as a site, into site/; tests/test_docs.py builds it the same way
 docs: $(VENV)/dev.stamp

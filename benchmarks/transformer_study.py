@@ -45,7 +45,6 @@ PAD, EOS, LONGEST = 0, 1, 12
 ALPHAS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 EARLY_ALPHAS = (0.7, 1.0, 1.3)
 TEMPERATURES = (0.5, 0.7, 1.0, 1.3)
-KS = (1, 4, 16, 64, 128)
 BETA, ONLINE_BETA = 0.1, 0.02
 SEEDS = (0, 1, 2)
 FULL = {"sft": 1000, "early": 20, "offline": 60, "online": 400, "samples": 256, "prompts": 48, "pairs": 256}

@@ -81,8 +81,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<TileArgs>(m, "TileArgs", py::dynamic_attr(), py::module_local())
       .def(py::init([](uintptr_t tile, int dtype, int64_t n_rows, int64_t n_cols, int64_t tile_stride, uintptr_t labels,
                        int64_t vocab_start, int64_t ignore_index, uintptr_t state, int64_t state_stride,
-                       double logit_scale, double softcap, double temperature, uintptr_t row_temperature, uintptr_t bias,
-                       uintptr_t keep, int64_t keep_stride, int threads) {
+                       double logit_scale, double softcap, double temperature, uintptr_t row_temperature,
+                       uintptr_t bias, uintptr_t keep, int64_t keep_stride, int threads) {
              TileArgs a{};
              a.tile = pointer<const void>(tile);
              a.dtype = dtype_from_code(dtype);
@@ -105,10 +105,9 @@ PYBIND11_MODULE(_C, m) {
              return a;
            }),
            py::kw_only(), py::arg("tile"), py::arg("dtype"), py::arg("n_rows"), py::arg("n_cols"),
-           py::arg("tile_stride"), py::arg("labels"), py::arg("vocab_start"), py::arg("ignore_index"),
-           py::arg("state"), py::arg("state_stride"), py::arg("logit_scale"), py::arg("softcap"),
-           py::arg("temperature"), py::arg("row_temperature"), py::arg("bias"), py::arg("keep"),
-           py::arg("keep_stride"), py::arg("threads"));
+           py::arg("tile_stride"), py::arg("labels"), py::arg("vocab_start"), py::arg("ignore_index"), py::arg("state"),
+           py::arg("state_stride"), py::arg("logit_scale"), py::arg("softcap"), py::arg("temperature"),
+           py::arg("row_temperature"), py::arg("bias"), py::arg("keep"), py::arg("keep_stride"), py::arg("threads"));
 
   m.def(
       "fold",
@@ -155,7 +154,8 @@ PYBIND11_MODULE(_C, m) {
       "gemm_bf16",
       [](uintptr_t a, uintptr_t b, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride,
          int64_t out_stride, bool a_transposed, bool b_transposed, bool accumulate, int threads) {
-        if (!entropy_po::gemm_bf16_supported()) throw std::runtime_error("gemm_bf16 needs a processor with AVX512_BF16");
+        if (!entropy_po::gemm_bf16_supported())
+          throw std::runtime_error("gemm_bf16 needs a processor with AVX512_BF16");
         py::gil_scoped_release release;
         const bool done = entropy_po::gemm_bf16({pointer<const uint16_t>(a), pointer<const uint16_t>(b),
                                                  pointer<float>(out), m, n, k, a_stride, b_stride, out_stride,
@@ -163,14 +163,17 @@ PYBIND11_MODULE(_C, m) {
         if (!done) throw std::bad_alloc();
       },
       py::kw_only(), py::arg("a"), py::arg("b"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"),
-      py::arg("a_stride"), py::arg("b_stride"), py::arg("out_stride"), py::arg("a_transposed"),
-      py::arg("b_transposed"), py::arg("accumulate"), py::arg("threads"));
+      py::arg("a_stride"), py::arg("b_stride"), py::arg("out_stride"), py::arg("a_transposed"), py::arg("b_transposed"),
+      py::arg("accumulate"), py::arg("threads"));
 
-  m.def("cpu_isas", [] {
-    std::vector<std::string> names;
-    for (const CpuKernels* k : cpu_kernels()) names.push_back(k->isa);
-    return names;
-  }, "Instruction sets compiled in and usable on this processor, fastest first.");
+  m.def(
+      "cpu_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const CpuKernels* k : cpu_kernels()) names.push_back(k->isa);
+        return names;
+      },
+      "Instruction sets compiled in and usable on this processor, fastest first.");
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = __VERSION__;

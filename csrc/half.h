@@ -7,11 +7,23 @@
 namespace entropy_po {
 namespace ENTROPY_PO_ISA {
 
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
-EP_INLINE float as_float(uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
-EP_INLINE uint32_t as_bits(float f) { uint32_t b; std::memcpy(&b, &f, 4); return b; }
+EP_INLINE float as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+EP_INLINE uint32_t as_bits(float f) {
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  return b;
+}
 
 template <class T> EP_INLINE T to(float v) { return v; }
 template <class T> EP_INLINE T to(double v) { return static_cast<T>(v); }
@@ -31,8 +43,12 @@ template <class T> EP_INLINE T to(Float16 v) {
 }
 
 template <class Out> struct Rounded;
-template <> struct Rounded<float> { static EP_INLINE float from(float v) { return v; } };
-template <> struct Rounded<double> { static EP_INLINE double from(double v) { return v; } };
+template <> struct Rounded<float> {
+  static EP_INLINE float from(float v) { return v; }
+};
+template <> struct Rounded<double> {
+  static EP_INLINE double from(double v) { return v; }
+};
 template <> struct Rounded<BFloat16> {
   static EP_INLINE BFloat16 from(float v) {  // round to nearest even; the quiet bit keeps a NaN from becoming inf
 #ifdef __CUDA_ARCH__

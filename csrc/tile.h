@@ -37,7 +37,8 @@ template <>
 struct Numeric<float> {
   using Bits = uint32_t;
   static constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
-  static constexpr float kFloor = -88.2f;  // exp(kFloor) comes out as an exact 0: its power of two is the one below all normals
+  // exp(kFloor) comes out as an exact 0: its power of two is the one below all normals
+  static constexpr float kFloor = -88.2f;
   static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLog2e = 1.44269504088896341f;
   static constexpr float kLn2Hi = 0.693359375f;

@@ -18,15 +18,15 @@ struct TileArgs {
   int64_t ignore_index;
   void* state;  // [5 or 8][state_stride]: m, s, t, label_d, label_z, q, c, live
   int64_t state_stride;
-  const void* g_logp;     // [n_rows] or null
-  const void* g_entropy;  // [n_rows] or null
+  const void* g_logp;                        // [n_rows] or null
+  const void* g_entropy;                     // [n_rows] or null
   double logit_scale, softcap, temperature;  // softcap 0: none
   const void* row_temperature;               // [n_rows] or null
   const void* bias;                          // [n_cols] or null
   const uint8_t* keep;                       // [n_rows, n_cols] bytes or null; 0 removes an entry from the softmax
   int64_t keep_stride;
   DType dtype, out_dtype;
-  int level;  // tile.h, Level
+  int level;    // tile.h, Level
   int threads;  // of the CPU; CUDA has its own launch plan
 };
 

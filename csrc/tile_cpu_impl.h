@@ -11,8 +11,9 @@
 namespace entropy_po {
 namespace ENTROPY_PO_ISA {
 
-constexpr int64_t kBlock = 1024;             // 4 KiB of fp32; grad has three such buffers
-constexpr int64_t kRowsPerGrab = 4;  // rows cost alike, but a shared machine's cores do not: whoever is free takes the next
+constexpr int64_t kBlock = 1024;  // 4 KiB of fp32; grad has three such buffers
+// Rows cost alike, but a shared machine's cores do not: whoever is free takes the next.
+constexpr int64_t kRowsPerGrab = 4;
 constexpr int64_t kElementsPerThread = 1 << 14;  // below this a second thread costs more than it brings
 
 // The logit transform of one row: `apply` makes u, and the passes form z - m as u * k - m (LogitScales).

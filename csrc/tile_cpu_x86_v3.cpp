@@ -13,7 +13,9 @@
 #include "tile_cpu_impl.h"
 
 namespace entropy_po {
-static bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }
+static bool supported() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
 const CpuKernels kCpuKernelsX86V3 = {"x86-64-v3", supported, x86_v3::fold, x86_v3::grad};
 }  // namespace entropy_po
 #endif

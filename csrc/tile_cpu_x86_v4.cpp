@@ -13,10 +13,10 @@
 #include "tile_cpu_impl.h"
 
 namespace entropy_po {
-static bool supported() { 
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
- }
+static bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+}
 const CpuKernels kCpuKernelsX86V4 = {"x86-64-v4", supported, x86_v4::fold, x86_v4::grad};
 }  // namespace entropy_po
 #endif

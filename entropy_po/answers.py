@@ -1,6 +1,6 @@
 """The answers of a padded batch, packed for the operators: one forward of the model, and no logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ class Answers(NamedTuple):
     aux_loss: Tensor | None  # router loss of a mixture of experts
 
     @classmethod
-    def of(cls, model: nn.Module, batch: dict[str, Tensor], **inputs) -> "Answers":
+    def of(cls, model: nn.Module, batch: Mapping[str, Tensor], **inputs: Any) -> "Answers":
         """Run the model on input_ids [S, L] and attention_mask; labels [S, L] are IGNORE_INDEX but in the answers.
 
         Position t predicts label t + 1, so the first label of a sequence is never used. `inputs` go to the model too.
@@ -42,7 +42,7 @@ class Answers(NamedTuple):
             aux_loss,
         )
 
-    def loss(self, operator: Callable, *args, **options) -> Any:
+    def loss(self, operator: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """What `linear_preference_loss` or `sequence_loss` makes of these answers, the head's own transform included; `args`
         and `options` are the operator's."""
         return operator(
@@ -50,7 +50,7 @@ class Answers(NamedTuple):
         )
 
 
-def answer_token_logps(model: nn.Module, batch: dict[str, Tensor], **options) -> tuple[Tensor, Tensor]:
+def answer_token_logps(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     """(log-probs [n] in nats, of every token of a batch's answers in order; answers' lengths [S]). `batch` as `Answers.of`
     takes it; `options` of `linear_token_stats`: temperature, workspace_bytes."""
     answers = Answers.of(model, batch)
@@ -65,6 +65,6 @@ def answer_token_logps(model: nn.Module, batch: dict[str, Tensor], **options) ->
     return stats.logps, answers.cu_seqlens.diff().to(stats.logps.device)
 
 
-def answer_logps(model: nn.Module, batch: dict[str, Tensor], **options) -> Tensor:
+def answer_logps(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:
     """Summed log-probs [S], nats, of the answers of a batch; arguments as of `answer_token_logps`."""
     return segment_sums(*answer_token_logps(model, batch, **options))

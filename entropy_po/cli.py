@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn
 
 COMMANDS = {
     "demo": ("entropy_po.demo.run", "the whole method on a small model, in minutes"),
@@ -167,13 +168,14 @@ def _run(sources: TrainSources, args, make: Callable, items: str, shown: dict[st
 def _parse_train(argv: list[str], command: str, config_class: type):
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(
-        (TrainSources, config_class),
+    classes: Any = (TrainSources, config_class)
+    parser: Any = HfArgumentParser(
+        classes,
         prog=f"entropy-po {command}",
         usage=f"entropy-po {command} [config.yaml] --model NAME --train_data FILE --output_dir FOLDER [--method NAME ...]",
     )
 
-    def error(message: str):
+    def error(message: str) -> NoReturn:
         # argparse would print the usage of some 150 arguments before it.
         raise ValueError(message)
 

@@ -6,6 +6,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def solve_dual(
             R, K that leave a single feasible point (R the largest reward, K exactly RLHF's KL at R), where the
             multipliers diverge. The message says which argument to move, and past what.
     Numerics:
-        fp64 on the CPU; constraints are met to rounding. Against scipy in tests/test_objective.py.
+        fp64 on the CPU; constraints are met to rounding. Against scipy in tests/test_solve_dual.py.
     Example:
         >>> found = solve_dual(torch.tensor([0.0, 1.0]), None, min_reward=0.75)
         >>> round(found.lam, 6), round(found.entropy, 6)            # log 3, and the entropy of (1/4, 3/4)
@@ -77,7 +78,7 @@ def solve_dual(
         max_kl = _non_negative("max_kl", max_kl, "pass the KL budget in nats, or None for no budget")
         if log_ref is None:
             raise ValueError("ref_logps must be given with max_kl, got None; pass log ref [Y] or max_kl=None")
-    keep = torch.ones_like(r, dtype=torch.bool) if max_kl is None else ~torch.isneginf(log_ref)
+    keep = torch.ones_like(r, dtype=torch.bool) if max_kl is None or log_ref is None else ~torch.isneginf(log_ref)
     best, spread = float(r[keep].max()), float(r[keep].max() - r[keep].min()) or 1.0
     d = (r[keep] - best) / spread  # [n] in [-1, 0]; relative to the best, so that R close below it costs no digits
     target = (min_reward - best) / spread
@@ -106,7 +107,7 @@ def solve_dual(
 
     free = solution(1.0, *_tilt(torch.zeros_like(d), d, target))
     slack = 1e-9 * (max_kl or 0.0) + 1e-13  # of K: what rounding of a KL can hide
-    if max_kl is None or free.kl <= max_kl + slack:
+    if max_kl is None or log_ref is None or free.kl is None or free.kl <= max_kl + slack:
         return free
     base = log_ref[keep]
     least_kl = _kl(_tilt(base, d, target)[1], base)
@@ -262,7 +263,7 @@ class DualAscent:
         self.updates += 1
         last_reward, last_kl = self.smoothed or (reward, kl)
         smooth_reward, reward_ahead = self._ahead(reward, last_reward)
-        smooth_kl, kl_ahead = (None, None) if kl is None else self._ahead(kl, last_kl)
+        smooth_kl, kl_ahead = (None, None) if kl is None or last_kl is None else self._ahead(kl, last_kl)
         self.smoothed = smooth_reward, smooth_kl
         if self.updates > self.warmup:
             self._move(reward_ahead, kl_ahead)
@@ -275,7 +276,7 @@ class DualAscent:
 
     def _move(self, reward: float, kl: float | None) -> None:
         grown = 1.0
-        if self.max_kl is not None:
+        if self.max_kl is not None and kl is not None:
             before = 1 + self.mu
             self.mu = _clip(before * _exp(self.mu_step * (kl / self.max_kl - 1)) - 1, self.mu_bounds)
             grown = (1 + self.mu) / before  # what lam grows by, so that a stays
@@ -337,12 +338,12 @@ class DualAscent:
         head = "infeasible as it stands: " if self.infeasible else ""
         return head + ", ".join(parts) + ("; " + "; ".join(remedies) if remedies else "")
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """What moves, as JSON holds it without loss."""
         moving = asdict(self)
         return {name: moving[name] for name in ("lam", "mu", "updates", "recent", "smoothed")}
 
-    def load_state(self, state: dict) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         self.lam, self.mu, self.updates = state["lam"], state["mu"], state["updates"]
         self.recent = [tuple(row) for row in state["recent"]]
         self.smoothed = None if state["smoothed"] is None else tuple(state["smoothed"])

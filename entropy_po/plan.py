@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 # On a CPU, from 8 to 48 MiB the time is the same; beyond, pages cost more than larger tiles save. A GPU's products want
 # thousands of rows and columns.
@@ -81,7 +81,7 @@ def plan_tiles(n: int, v: int, d: int, *, element: int, operand_copies: bool, wo
     return TilePlan(n, v, rows, cols, tile_bytes(rows, cols, d, element=element, operand_copies=operand_copies))
 
 
-def _largest(fits, upper: int) -> int:
+def _largest(fits: Callable[[int], bool], upper: int) -> int:
     """The largest k in [1, upper] with fits(k), for a property that only ever turns from true to false."""
     low, high = 1, upper
     while low < high:
@@ -95,7 +95,8 @@ def _largest(fits, upper: int) -> int:
 
 # ---- losses over sequences ----
 
-STRATEGIES = ("auto", "resident", "deferred", "recompute")
+Strategy = Literal["auto", "resident", "deferred", "recompute"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
 DEFAULT_CPU_SEQUENCE_WORKSPACE = 256 << 20
 CUDA_WORKSPACE_SHARE = 0.25  # of the memory that is free when the call begins
 # A tile of few rows reads the weight twice, and reads and writes the sum of dW, for little arithmetic; computing the logits

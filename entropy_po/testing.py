@@ -137,9 +137,9 @@ def assert_within_reference_error(
     element = worst_mine.flatten()[at].item() > factor * worst_theirs.max().item() + bits
     norm = norm_mine > factor * norm_theirs + bits
     if element or norm:
-        where = [int(i) for i in torch.unravel_index(torch.tensor(at), exact.shape)]
+        place = [int(i) for i in torch.unravel_index(torch.tensor(at), exact.shape)]
         raise AssertionError(
-            f"{name}: worst element {worst_mine.max().item():.3g} at {where} (torch {worst_theirs.max().item():.3g}; "
+            f"{name}: worst element {worst_mine.max().item():.3g} at {place} (torch {worst_theirs.max().item():.3g}; "
             f"ours {mine.flatten()[at].item():.9g}, exact {truth.flatten()[at].item():.9g}), "
             f"norm {norm_mine:.3g} (torch {norm_theirs:.3g}), allowed {factor} times torch's + {bits:.2g}"
         )

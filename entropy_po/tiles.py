@@ -14,12 +14,18 @@ import warnings
 from enum import Enum
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from entropy_po import reference
 from entropy_po.types import Level, Transform
+
+if TYPE_CHECKING:
+    from entropy_po._C import TileArgs
+
+BackendName = Literal["cpp", "triton", "cuda", "torch"]  # the values of Backend
 
 
 class Backend(str, Enum):
@@ -44,7 +50,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 
 
 @cache
-def compiled_core() -> ModuleType | None:
+def compiled_core() -> ModuleType | Any:
     """`entropy_po._C`, or None when the package was installed without a C++ compiler."""
     try:
         return importlib.import_module("entropy_po._C")
@@ -55,7 +61,7 @@ def compiled_core() -> ModuleType | None:
 
 
 @cache
-def triton_kernels() -> ModuleType | None:
+def triton_kernels() -> ModuleType | Any:
     """`entropy_po.kernels`, or None where Triton is not installed."""
     try:
         return importlib.import_module("entropy_po.kernels.launch")
@@ -239,7 +245,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _tile_args(
     tile: Tensor, labels: Tensor, vocab_start: int, state: Tensor, transform: Transform, ignore_index: int
-) -> object:
+) -> TileArgs:
     _check_last_dim_contiguous("tile", tile)
     labels = labels.contiguous()
     keep = transform.keep_mask
@@ -247,7 +253,7 @@ def _tile_args(
         keep = keep.expand(tile.shape)
         if tile.shape[1] > 1 and keep.stride(1) != 1:
             keep = keep.contiguous()
-    args = compiled_core().TileArgs(
+    args: TileArgs = compiled_core().TileArgs(
         tile=tile.data_ptr(),
         dtype=DTYPES[tile.dtype],
         n_rows=tile.shape[0],

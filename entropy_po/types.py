@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+# A Tensor where it was asked for, None where not: which of the two, the caller knows, and `Any` spares a check of it.
+IfAsked = Tensor | Any
+OutputName = Literal["logps", "entropy", "lse", "is_top1", "mean_logit", "log_sum_sq_probs"]  # fields of TokenStats
 
 
 class TokenStats(NamedTuple):
@@ -17,12 +21,12 @@ class TokenStats(NamedTuple):
     `logps` and `entropy` are differentiable, the others are not.
     """
 
-    logps: Tensor | None = None  # log p(label), nats
-    entropy: Tensor | None = None  # -sum_j p_j log p_j, nats
-    lse: Tensor | None = None  # log sum_j exp(z_j)
-    is_top1: Tensor | None = None  # bool: no logit is above the label's
-    mean_logit: Tensor | None = None  # mean of z_j over the entries with z_j > -inf
-    log_sum_sq_probs: Tensor | None = None  # log sum_j p_j^2: minus the Renyi-2 entropy, nats
+    logps: IfAsked = None  # log p(label), nats
+    entropy: IfAsked = None  # -sum_j p_j log p_j, nats
+    lse: IfAsked = None  # log sum_j exp(z_j)
+    is_top1: IfAsked = None  # bool: no logit is above the label's
+    mean_logit: IfAsked = None  # mean of z_j over the entries with z_j > -inf
+    log_sum_sq_probs: IfAsked = None  # log sum_j p_j^2: minus the Renyi-2 entropy, nats
 
 
 class Level(IntEnum):

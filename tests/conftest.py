@@ -52,6 +52,12 @@ def seed(request):
 
 
 @pytest.fixture
+def gen(seed):
+    """A generator of the test's own."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
 def operator_calls():
     """How often each operator of this package ran, by name: a fast path that is not taken shows as a missing name."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -55,7 +55,9 @@ def relative_error(ours, exact):
 GRADIENT_BOUND = {
     torch.float64: (1e-10, 1e-6),  # the oracle rounds too: logits of 1e4, and p = 1 - 1e-9
     torch.float32: (1e-5, 1e-3),
-    torch.bfloat16: (5e-3, 0.1),
+    # a tile, its sum, what is held of it and its product with the upstream are each rounded to 8 bits: where one entry holds
+    # the norm, as in a gradient of the bias, all four may be at their worst
+    torch.bfloat16: (4 * 2**-9, 0.1),
     torch.float16: (1e-3, 0.02),
 }
 

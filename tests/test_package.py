@@ -71,8 +71,8 @@ def test_the_wheel_holds_entropy_po_alone(wheel):
         assert archive.read(top_level).decode().split() == ["entropy_po"]
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"entropy_po"}
-    assert any(n.startswith("entropy_po/_C") for n in names)
-    assert "entropy_po/py.typed" in names
+    assert any(n.startswith("entropy_po/_C.") and n.endswith((".so", ".pyd")) for n in names)
+    assert {"entropy_po/py.typed", "entropy_po/_C.pyi"} <= set(names)
     assert not any("test" in n.split("/") or "tests" in n.split("/") for n in names)
     # every module of the tree is in it: an explicit list of packages forgets one easily
     for folder, prefix in (("entropy_po", "entropy_po"), ("kernels", "entropy_po/kernels")):

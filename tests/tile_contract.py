@@ -29,11 +29,6 @@ KINDS = ("fresh", "peaked", "wide", "equal", "holes", "offset")
 ROWS_EACH = 3
 
 
-@pytest.fixture
-def gen(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def randn(gen, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype).to(DEVICE)
 

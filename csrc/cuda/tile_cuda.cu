@@ -12,10 +12,10 @@ namespace {
 
 using namespace gpu;
 
-constexpr int64_t kLaneBytes = 4 * 64;   // a lane's share of a row: 4 rounds of what it has on its way at once
-constexpr int64_t kMinPartBytes = 8192;  // below this a block waits for its first load and for little else
+constexpr int64_t kLaneBytes = 4 * 64;           // a lane's share of a row: 4 rounds of what it has on its way at once
+constexpr int64_t kMinPartBytes = 8192;          // below this a block waits for its first load and for little else
 constexpr int64_t kBlocksPerMultiprocessor = 4;  // about what is resident
-constexpr int64_t kColumnMultiple = 64;  // parts of a row start at one alignment, that of the row
+constexpr int64_t kColumnMultiple = 64;          // parts of a row start at one alignment, that of the row
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,10 @@ from torch import Tensor
 from entropy_po.bench.problem import OBJECTIVE, Case, Problem
 from entropy_po.ops.linear_preference_loss import linear_preference_loss
 from entropy_po.ops.linear_token_stats import linear_token_stats
-from entropy_po.ops.sequence_loss import sequence_loss
+from entropy_po.ops.sequence_loss import SequenceBatch, sequence_loss
 from entropy_po.ops.token_stats import token_stats
-from entropy_po.tiles import available_backends
+from entropy_po.tiles import BackendName, available_backends
+from entropy_po.types import TokenStats
 
 Outputs = tuple[Tensor, ...]
 Implementation = Callable[[Problem], Outputs]
@@ -27,7 +29,7 @@ OURS = "entropy_po"
 
 def implementations(case: Case) -> dict[str, Implementation]:
     """Everything that is meant for a case, by the name it has in tables; ours first."""
-    backends = [name for name in available_backends()[torch.device(case.device).type] if name != "torch"]
+    backends: Any = [name for name in available_backends()[torch.device(case.device).type] if name != "torch"]
     found: dict[str, Implementation] = {OURS: _ours}
     found |= {f"{OURS} {name}": _with_backend(name) for name in backends[1:]}
     if case.path == "pair":
@@ -52,36 +54,37 @@ def implementations(case: Case) -> dict[str, Implementation]:
 # ---- this library
 
 
-def _ours(problem: Problem, backend: str | None = None) -> Outputs:
+def _ours(problem: Problem, backend: BackendName | None = None) -> Outputs:
     if problem.case.path == "pair":
         return pair_loss(problem, backend=backend)
     if problem.case.path == "nll":
-        n = problem.case.n
+        n, (hidden, weight) = problem.case.n, problem.tensors
+
+        def mean_nll(batch: SequenceBatch) -> Tensor:
+            return -batch.token_logps.sum() / n
+
         every = torch.tensor([0, n])
-        return (
-            sequence_loss(
-                *problem.tensors, problem.labels, every, lambda batch: -batch.token_logps.sum() / n, coupled=0, backend=backend
-            ).loss,
-        )  # fmt: skip
+        return (sequence_loss(hidden, weight, problem.labels, every, mean_nll, coupled=0, backend=backend).loss,)
     return problem.combine(*_stats(problem, backend))
 
 
-def _with_backend(name: str) -> Implementation:
+def _with_backend(name: BackendName) -> Implementation:
     return lambda problem: _ours(problem, name)
 
 
-def _stats(problem: Problem, backend: str | None = None) -> tuple[Tensor, Tensor | None]:
-    outputs = ("logps", "entropy") if problem.case.gives_entropy else ("logps",)
-    operator = token_stats if problem.case.path == "logits" else linear_token_stats
+def _stats(problem: Problem, backend: BackendName | None = None) -> tuple[Tensor, Tensor | None]:
+    outputs: Any = ("logps", "entropy") if problem.case.gives_entropy else ("logps",)
+    operator: Callable[..., TokenStats] = token_stats if problem.case.path == "logits" else linear_token_stats
     stats = operator(*problem.tensors, problem.labels, outputs=outputs, backend=backend)
     return stats.logps, stats.entropy
 
 
 def pair_loss(problem: Problem, **options) -> Outputs:
-    zeros = torch.zeros(1, 2, device=problem.labels.device)
+    hidden, weight = problem.tensors
+    zeros = torch.zeros(1, 2, device=hidden.device)
     return (
         linear_preference_loss(
-            *problem.tensors, problem.labels, problem.cu_seqlens, objective=OBJECTIVE, ref_logps=zeros, **options
+            hidden, weight, problem.labels, problem.cu_seqlens, objective=OBJECTIVE, ref_logps=zeros, **options
         ).loss,
     )  # fmt: skip
 
@@ -114,8 +117,9 @@ def _compiled_stats() -> Callable:
 
 def _torch_fused(problem: Problem) -> Outputs:
     """Chunked, as its options' defaults choose."""
+    hidden, weight = problem.tensors
     options = torch.nn.LinearCrossEntropyOptions()
-    return (F.linear_cross_entropy(*problem.tensors, problem.labels, options=options),)
+    return (F.linear_cross_entropy(hidden, weight, problem.labels, options=options),)
 
 
 # ---- peers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -36,7 +37,11 @@ def summarised(
     who = []
     for implementation, values in seconds.items():
         values = values[:rounds]
-        entry = {"name": implementation, "ms": 1e3 * statistics.median(values), "spread": spread(values)}
+        entry: dict[str, Any] = {
+            "name": implementation,
+            "ms": 1e3 * statistics.median(values),
+            "spread": spread(values),
+        }
         entry["times_floor"] = ratio(values, seconds[floor][:rounds]) / scale
         if OURS in seconds:
             entry["times_ours"] = ratio(values, seconds[OURS][:rounds])

@@ -94,8 +94,8 @@ class Problem:
         self.labels = torch.randint(case.v, (case.n,), generator=generator).to(device)
         spread = 6.0 if case.peaked else 0.5  # standard deviation of the logits, in nats
         if case.path == "logits":
-            self.tensors = (normal(case.n, case.v, scale=spread),)
-            self.inputs = self.tensors if case.backward else ()
+            self.tensors: tuple[Tensor, ...] = (normal(case.n, case.v, scale=spread),)
+            self.inputs: tuple[Tensor, ...] = self.tensors if case.backward else ()
         else:
             self.tensors = normal(case.n, case.d), normal(case.v, case.d, scale=spread / case.d**0.5)
             self.inputs = self.tensors[: 1 + case.trained] if case.backward else ()
@@ -120,7 +120,7 @@ class Problem:
             sums = logps.view(2, -1).sum(1)
             zero = sums.new_zeros(1)
             return (OBJECTIVE.pair_loss(OBJECTIVE.margin(sums[:1], sums[1:], zero, zero)).mean(),)
-        return (logps, entropy) if self.case.entropy else (logps,)
+        return (logps,) if entropy is None or not self.case.entropy else (logps, entropy)
 
     def run(self, function: Callable[[Problem], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """(outputs, gradients of the inputs) by one implementation."""
@@ -161,7 +161,7 @@ class Problem:
             outputs, (logps, entropy), self._upstream(outputs), allow_unused=True, materialize_grads=True
         )
         whole = case.path == "logits" or case.flops < TRUTH_FLOPS
-        grads: list[Tensor | None] = [torch.zeros_like(x) for x in (exact if whole else exact[:1])]
+        grads = [torch.zeros_like(x) for x in (exact if whole else exact[:1])]
         for rows in parts if whole else parts[:1]:
             x = log_p(rows)
             gradient = x.exp()  # of logits: g_logp (onehot - p) - g_ent p (log p + H)
@@ -173,9 +173,8 @@ class Problem:
             grads[0][rows] = gradient @ exact[1]
             if whole and case.trained:
                 grads[1].addmm_(gradient.t(), exact[0][rows])
-        if not whole:
-            grads = [grads[0][:SAMPLED], None]
-        return tuple(x.detach() for x in outputs), tuple(grads[: len(self.inputs)])
+        found = grads if whole else [grads[0][:SAMPLED], None]
+        return tuple(x.detach() for x in outputs), tuple(found[: len(self.inputs)])
 
     def errors(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> dict[str, float]:
         """`value`: the largest absolute error of an output, in nats. `gradient`: the largest relative norm error of one."""

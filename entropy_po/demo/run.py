@@ -15,8 +15,10 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 # Two OpenMP runtimes' idle threads that spin would halve the speed where cores are few.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -27,7 +29,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from entropy_po.demo.tasks import heldout_tasks, quality
+from entropy_po.demo.tasks import Task, heldout_tasks, quality
 from entropy_po.evaluation import plots
 from entropy_po.evaluation.evaluate import evaluate
 from entropy_po.evaluation.pairs import accuracy, pair_logps
@@ -107,7 +109,7 @@ def run(output_dir: Path, sizes: Sizes) -> dict:
             model,
             tokenizer,
             [task.prompt for task in tasks],
-            quality=lambda i, text, tasks=tasks: quality(tasks[i], text),
+            quality=partial(_met, tasks),
             answers_per_prompt=sizes.answers_per_prompt,
             temperature=sizes.temperature,
             max_new_tokens=sizes.max_new_tokens,
@@ -127,7 +129,12 @@ def run(output_dir: Path, sizes: Sizes) -> dict:
         (folder / "answers.json").write_text(json.dumps(by_prompt, indent=1) + "\n")
         del model
         gc.collect()
-    results = {"rows": rows, "curves": curves, "sizes": asdict(sizes), "seconds": time.perf_counter() - start}
+    results: dict[str, Any] = {
+        "rows": rows,
+        "curves": curves,
+        "sizes": asdict(sizes),
+        "seconds": time.perf_counter() - start,
+    }
     write_results(results, output_dir)
     console.print(as_table(rows))
     console.print(what_it_shows(rows, sizes), highlight=False)
@@ -244,7 +251,7 @@ def write_results(results: dict, output_dir: Path) -> None:
 def what_it_shows(rows: dict[str, dict], sizes: Sizes) -> str:
     """What this run's numbers say, computed from them, and what a run like this cannot say."""
     base = rows[UNTRAINED]
-    names = sorted(ALPHAS, key=ALPHAS.get)
+    names = sorted(ALPHAS, key=ALPHAS.__getitem__)
     entropies = [rows[name]["entropy_per_token"] for name in names]
     steps = [b - a for a, b in pairwise(entropies)]
     trend = "rises" if min(steps) > 0 else "falls" if max(steps) < 0 else "neither rises nor falls"
@@ -273,6 +280,10 @@ def what_it_shows(rows: dict[str, dict], sizes: Sizes) -> str:
             "how far they went as well as in where they are going.",
         ]
     )
+
+
+def _met(tasks: list[Task], i: int, text: str) -> float:
+    return quality(tasks[i], text)
 
 
 def _listed(names: list[str]) -> str:

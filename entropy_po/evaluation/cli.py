@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -135,15 +136,16 @@ def prompts_and_score(path: Path | None, limit: int | None, task: str | None = N
 
 
 def _task(task: str, limit: int | None):
+    reward: Callable[..., list[float]]
     kind, _, name = task.partition(":")
     if kind == "human-eval" and not name:
-        from entropy_po.tasks import human_eval as module
+        from entropy_po.tasks import human_eval
 
-        rows, reward = module.rows()[:limit], module.passes_tests
+        rows, reward = human_eval.rows()[:limit], human_eval.passes_tests
     elif kind == "reasoning-gym" and name:
-        from entropy_po.tasks import reasoning as module
+        from entropy_po.tasks import reasoning
 
-        rows, reward = module.rows(name, limit or 64, seed=1), module.score  # training's seed is 0
+        rows, reward = reasoning.rows(name, limit or 64, seed=1), reasoning.score  # training's seed is 0
     else:
         raise ValueError(
             f"--task={task} is unknown; use human-eval, or reasoning-gym:NAME such as reasoning-gym:chain_sum."
@@ -160,10 +162,7 @@ def markdown(rows: dict[str, dict]) -> str:
     cells = {name: _cells(row) for name, row in rows.items()}
     titles = [title for title in next(iter(cells.values())) if any(row[title] is not None for row in cells.values())]
     lines = ["| model | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
-    lines += [
-        f"| {name} | " + " | ".join("-" if row[title] is None else row[title] for title in titles) + " |"
-        for name, row in cells.items()
-    ]
+    lines += [f"| {name} | " + " | ".join(row[title] or "-" for title in titles) + " |" for name, row in cells.items()]
     return "\n".join(lines) + "\n"
 
 

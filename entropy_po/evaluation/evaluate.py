@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -158,7 +159,7 @@ def evaluate(
 
 def _semantic(texts: list[list[str]], embed: Callable[[Sequence[str]], Tensor]) -> dict:
     embeddings = [embed(group) for group in texts]
-    found = {}
+    found: dict[str, Any] = {}
     for name, measure in (("vendi", vendi_score), ("semantic_distance", semantic_distance)):
         values = [measure(x) for x in embeddings]
         found |= {f"{name}_per_prompt": sum(values) / len(values), f"{name}_interval": bootstrap_interval(values)}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -61,7 +62,7 @@ def quality_diversity(rows: dict[str, dict], path: Path) -> None:
     points = {name: (row["entropy_per_token"], row["quality"]) for name, row in rows.items()}
     for i, (name, row) in enumerate(rows.items()):
         color, (x, y) = COLORS[i % len(COLORS)], points[name]
-        bars = {}
+        bars: dict[str, Any] = {}
         if name != base_name:
             across = entropy_change(row, base)
             up = quality_change(row, base)

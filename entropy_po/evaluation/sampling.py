@@ -76,7 +76,8 @@ def sample_answers(
     )
     total = len(logits)
     rows = torch.arange(total)  # the answers still growing, by their place among all
-    drawn, entropy, finished = [[] for _ in range(total)], torch.zeros(total), torch.zeros(total, dtype=torch.bool)
+    drawn: list[list[int]] = [[] for _ in range(total)]
+    entropy, finished = torch.zeros(total), torch.zeros(total, dtype=torch.bool)
     for column in range(max_new_tokens):
         # Inverse of the distribution function: torch.multinomial draws one number per entry of the vocabulary.
         cumulative = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)

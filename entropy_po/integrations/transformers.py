@@ -3,6 +3,7 @@
 import functools
 import types
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,7 @@ def _check(model: nn.Module) -> None:
     ids = torch.arange(1, 9, device=weight.device)[None] % weight.shape[0]
     with evaluation_mode(model):
         expected = base._unfused_forward(input_ids=ids, labels=ids, use_cache=False).loss
-        loss = _fused_forward(base, (), {"input_ids": ids}, {}, ids, None, None).loss
+        loss: Any = _fused_forward(base, (), {"input_ids": ids}, {}, ids, None, None).loss
     if expected is None or not (loss - expected).abs() <= default_tolerance(weight.dtype) * expected.abs():
         raise ValueError(
             f"model: the loss of {type(base).__name__} is {expected} where its labels' log-probs give {loss.item():.6g}; this "

@@ -8,14 +8,14 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from entropy_po.types import TokenStats, Transform
+from entropy_po.types import OutputName, TokenStats, Transform
 
 # Of temperature, softcap and logit scale. Beyond, their quotients leave the range of fp32.
 SMALLEST, LARGEST = 1e-12, 1e12
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_outputs(outputs: tuple[str, ...]) -> tuple[str, ...]:
+def check_outputs(outputs: tuple[OutputName, ...]) -> tuple[OutputName, ...]:
     names = (outputs,) if isinstance(outputs, str) else outputs
     if not isinstance(names, (tuple, list, set, frozenset)) or not names or not set(names) <= set(TokenStats._fields):
         raise ValueError(f"outputs={outputs!r} must name one or more of {TokenStats._fields}.")

@@ -8,9 +8,10 @@ are copied to fp32 tile by tile, which the matrix library then multiplies in its
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def _bf16_matrix_unit(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set when torch is imported
     with _precision_lock:
         before = matmul.fp32_precision
         matmul.fp32_precision = "bf16"
@@ -68,7 +69,7 @@ class Scratch:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self.block: Tensor | None = None  # what is left of it
 
-    def __call__(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous [shape] of memory, valid until the name is asked for again."""
         size = shape[0] * shape[1]
         buffer = self.buffers.get((name, dtype))
@@ -97,7 +98,7 @@ def operand(x: Tensor, name: str, scratch: Scratch) -> Tensor:
 
 def _compiled_product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> Tensor:
     """out (+)= left @ right, rounded nowhere but in fp32. Of an operand, rows or columns are contiguous; of `out`, rows."""
-    layout = {}
+    layout: dict[str, Any] = {}
     for name, x in (("a", left), ("b", right)):
         transposed = x.stride(1) != 1
         layout |= {name: x.data_ptr(), f"{name}_transposed": transposed, f"{name}_stride": x.stride(int(transposed))}

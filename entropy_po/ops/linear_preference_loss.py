@@ -11,20 +11,22 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from entropy_po.objective import EntropyObjective, _non_negative, check_smoothing
+from entropy_po.objective import EntropyObjective, PairLoss, _non_negative, check_smoothing
 from entropy_po.ops import checks, linear_token_stats, parallel, schema, sequences
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences, VocabSums
-from entropy_po.plan import Choice, SequencePlan, check_strategy, slices
-from entropy_po.types import state_dtype, stats_from_state
+from entropy_po.plan import Choice, SequencePlan, Strategy, check_strategy, slices
+from entropy_po.types import IfAsked, state_dtype, stats_from_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from entropy_po.tiles import BackendName
 
 logger = logging.getLogger("entropy_po")
 
@@ -45,7 +47,7 @@ class PreferenceOutput(NamedTuple):
     losses: Tensor  # [B], before weights and reduction
     margins: Tensor  # [B], a [log pi(w) - log pi(l)] - b [log ref(w) - log ref(l)]
     logps: Tensor  # [B, 2]
-    ref_logps: Tensor | None  # [B, 2]; None where b = 0
+    ref_logps: IfAsked  # [B, 2]; None where b = 0
     rewards: Tensor  # [B, 2], a log pi - b log ref
     entropy: Tensor  # [B, 2]
     lengths: Tensor  # [B, 2], int64, tokens with a label
@@ -78,11 +80,11 @@ def linear_preference_loss(
     ref_hidden_states: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    loss: str = "sigmoid",
+    loss: PairLoss = "sigmoid",
     label_smoothing: float = 0.0,
     nll_coef: float = 0.0,
     pair_weights: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum"] = "mean",
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -90,10 +92,10 @@ def linear_preference_loss(
     keep_mask: Tensor | None = None,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
-    strategy: str = "auto",
+    strategy: Strategy = "auto",
     vocab_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> PreferenceOutput:
     """The loss of preference pairs, with gradients for hidden states, weight and bias, at three vocabulary products.
 
@@ -205,7 +207,14 @@ def linear_preference_loss(
     )
 
 
-def _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights, device: torch.device) -> int:
+def _check_pairs(
+    cu_seqlens: Tensor,
+    objective: EntropyObjective,
+    ref_logps: Tensor | None,
+    ref_hidden_states: Tensor | None,
+    pair_weights: Tensor | None,
+    device: torch.device,
+) -> int:
     checks.check_offsets(cu_seqlens)
     if cu_seqlens.numel() % 2 == 0:
         raise ValueError(
@@ -242,17 +251,20 @@ class _PairLoss:
     """The loss of pairs as the operator needs it: its value, and its derivatives by a pair's log-probs."""
 
     objective: EntropyObjective
-    loss: str
+    loss: PairLoss
     label_smoothing: float
     nll_coef: float
     ref_logps: Tensor | None  # [2B], fp64
     weights: Tensor  # [B], fp64, divided by B for the mean
 
-    def __call__(self, logps: Tensor, lengths: Tensor, start: int = 0, stop: int | None = None):
+    def __call__(
+        self, logps: Tensor, lengths: Tensor, start: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(losses, margins, scalars) of the pairs in sequences [start, stop), from log-probs in fp64; the scalar is the
         unknown one, a dloss/dz."""
         stop = 2 * len(self.weights) if stop is None else stop
-        chosen, rejected, ref = logps[0::2], logps[1::2], (None, None)
+        chosen, rejected = logps[0::2], logps[1::2]
+        ref: tuple[Tensor, Tensor] | tuple[None, None] = None, None
         if self.ref_logps is not None:
             ref = self.ref_logps[start:stop:2], self.ref_logps[start + 1 : stop : 2]
         margins = self.objective.margin(chosen, rejected, *ref)
@@ -275,10 +287,20 @@ class _PairLoss:
 
 
 def _forward(
-    hidden, weight, bias, labels, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, pair_weights, *options
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor,  # given with ref_hidden
+    ref_bias: Tensor | None,
+    pair_weights: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    *options, a, b, loss, label_smoothing, nll_coef, mean, strategy, workspace_bytes, sequence_group, needs = options
-    options, objective = tuple(options), EntropyObjective(a, b)
+    *flat, a, b, loss, label_smoothing, nll_coef, mean, strategy, workspace_bytes, sequence_group, needs = rest
+    options, objective = tuple(flat), EntropyObjective(a, b)
     if workspace_bytes is None:
         workspace_bytes = sequences.default_workspace(hidden.device)
     num_pairs = cu_seqlens.numel() // 2
@@ -323,19 +345,29 @@ def _forward(
     )
 
 
-def _reference_logps(hidden, weight, bias, labels, seqs: Sequences, options: tuple, workspace_bytes: int) -> Tensor:
+def _reference_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    seqs: Sequences,
+    options: schema.FlatOptions,
+    workspace_bytes: int,
+) -> Tensor:
     """[2B] in fp64, tile by tile and without gradient."""
     head = LmHead(hidden, weight, bias, labels, (*options[:6], ["logps"], *options[7:]))
     state = linear_token_stats.fold(head, sequences.fold_workspace(workspace_bytes, hidden.device))
     return seqs.sums(stats_from_state(state[:, : head.num_kept], ("logps",)).logps)
 
 
-def _recompute(head: LmHead, seqs: Sequences, pair_loss: _PairLoss, workspace_bytes: int, needs: list[bool]):
+def _recompute(
+    head: LmHead, seqs: Sequences, pair_loss: _PairLoss, workspace_bytes: int, needs: list[bool]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Logits once for the log-probs, and once more for the gradients; tiles of any shape."""
     workspace_bytes = sequences.fold_workspace(workspace_bytes, head.hidden.device)
     state = linear_token_stats.fold(head, workspace_bytes)
     stats = stats_from_state(state[:, : head.num_kept], ("logps", "entropy"))
-    grads = tuple(head.hidden.new_empty(0) for _ in needs)
+    grads: tuple[Tensor, ...] = tuple(head.hidden.new_empty(0) for _ in needs)
     if any(needs):
         upstream = pair_loss.upstream(seqs.sums(stats.logps), seqs.lengths, 0, len(seqs))
         g_logp = seqs.per_row(upstream).to(head.arithmetic)
@@ -343,7 +375,9 @@ def _recompute(head: LmHead, seqs: Sequences, pair_loss: _PairLoss, workspace_by
     return stats.logps, stats.entropy, grads
 
 
-def _three_products(head: LmHead, seqs: Sequences, plan: SequencePlan, pair_loss: _PairLoss, needs: list[bool]):
+def _three_products(
+    head: LmHead, seqs: Sequences, plan: SequencePlan, pair_loss: _PairLoss, needs: list[bool]
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     tiles = RowTiles(head, plan.weight_cols)
     sums = GradientSums(tiles, needs, num_tiles=len(plan.groups) if plan.choice.name == "resident" else 2)
     second = None
@@ -420,11 +454,20 @@ def _log(strategy: str, reason: str) -> None:
     logger.info("linear_preference_loss: %s (%s)", strategy, reason)
 
 
-def _fake_forward(hidden, weight, bias, labels, cu_seqlens, ref_logps, ref_hidden, *rest) -> tuple[Tensor, ...]:
+def _fake_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     out, num_pairs, needs = state_dtype(hidden.dtype), cu_seqlens.shape[0] // 2, rest[-1]
     has_reference = ref_logps is not None or ref_hidden is not None
 
-    def made(n) -> Tensor:
+    def made(n: int) -> Tensor:
         return hidden.new_empty((n,), dtype=out)
 
     return (
@@ -443,7 +486,7 @@ def _fake_forward(hidden, weight, bias, labels, cu_seqlens, ref_logps, ref_hidde
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[-3:])
@@ -451,8 +494,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.num_inputs = len(inputs)
 
 
-def _autograd(ctx, grad_loss, *_):
-    nothing = (None,) * ctx.num_inputs
+def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * ctx.num_inputs
     if grad_loss is None or not any(ctx.needs_input_grad[:3]):
         return nothing
     schema.refuse_second_order("linear_preference_loss")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from torch import Tensor
 from entropy_po.ops import checks, gemm, parallel, schema
 from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
 from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE, TilePlan, plan_tiles
-from entropy_po.types import Level, TokenStats, new_state, state_dtype, stats_from_state
+from entropy_po.types import Level, OutputName, TokenStats, new_state, state_dtype, stats_from_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from entropy_po.tiles import BackendName
 
 _INPUTS = "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor labels"
 schema.LIBRARY.define(
@@ -32,7 +34,7 @@ def linear_token_stats(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    outputs: tuple[str, ...] = ("logps", "entropy"),
+    outputs: tuple[OutputName, ...] = ("logps", "entropy"),
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -40,7 +42,7 @@ def linear_token_stats(
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
     vocab_group: ProcessGroup | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> TokenStats:
     """Per-token log-probability, entropy and more of a language-model head, without its logits.
 
@@ -141,7 +143,9 @@ def gradients(
     plan, n = _plan(head, workspace_bytes), head.num_kept
     need_hidden, need_weight, need_bias = needs
     hidden, weight, bias = head.hidden, head.weight, head.transform.bias
-    hidden_sum = grad_weight = grad_bias = None
+    hidden_sum: HiddenSum | None = None
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
     if need_hidden:
         hidden_sum = HiddenSum(head, products=-(-plan.v // plan.cols), dtype=hidden.dtype)
     if need_weight:
@@ -151,27 +155,27 @@ def gradients(
     for rows, cols, hidden_rows, weight_rows, tile in _tiles(head, plan):
         upstream = (None if g is None else g[rows] for g in (g_logp, g_ent))
         gradient = head.grad_(tile, rows, cols, state[:, rows], *upstream)
-        if need_hidden:
+        if hidden_sum is not None:
             hidden_sum.add_product(rows, gradient, weight_rows, cols.start == 0)
-        if need_weight:
+        if grad_weight is not None:
             whole = plan.one_row_tile and gradient.dtype == weight.dtype
             shape = (cols.stop - cols.start, head.dim)
             total = grad_weight[cols] if whole else head.scratch("dW", shape, head.arithmetic)
             gemm.add_product(total, gradient.t(), hidden_rows.beside(gradient), rows.start == 0, head.scratch)
             if not whole and rows.stop == n:
                 grad_weight[cols] = total
-        if need_bias:
+        if grad_bias is not None:
             grad_bias[cols] += gradient.sum(0, dtype=head.arithmetic)
     empty = hidden.new_empty(0)
     return (
-        hidden_sum.finish() if need_hidden else empty,
-        grad_weight if need_weight else empty.clone(),
-        grad_bias.to(bias.dtype) if need_bias else empty.clone(),
+        empty if hidden_sum is None else hidden_sum.finish(),
+        empty.clone() if grad_weight is None else grad_weight,
+        empty.clone() if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
     )
 
 
-def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options) -> tuple[Tensor, ...]:
-    *options, workspace_bytes = options
+def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *options, workspace_bytes = rest
     head = LmHead(hidden, weight, bias, labels, tuple(options))
     state = fold(head, workspace_bytes)
     results = schema.empty_stats(0, [], hidden)
@@ -181,20 +185,33 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
     return *results, state
 
 
-def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options) -> tuple[Tensor, ...]:
+def _fake_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
     outputs = options[6]
     rows = new_state(0, Level.for_outputs(tuple(outputs)), hidden).shape[0]
     state = hidden.new_empty((rows, hidden.shape[0]), dtype=state_dtype(hidden.dtype))
     return *schema.empty_stats(hidden.shape[0], outputs, hidden), state
 
 
-def _backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *rest) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    state: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     *options, workspace_bytes, needs = rest
     head = LmHead(hidden, weight, bias, labels, tuple(options), inputs_that_need_a_gradient=needs)
     return gradients(head, workspace_bytes, state, head.gather(grad_logps), head.gather(grad_entropy), needs)
 
 
-def _fake_backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state, *rest):
+def _fake_backward(
+    grad_logps: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     need_hidden, need_weight, need_bias = rest[-1]
     return (
         torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_hidden else hidden.new_empty(0),
@@ -203,7 +220,7 @@ def _fake_backward(grad_logps, grad_entropy, hidden, weight, bias, labels, state
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, row_temperature, keep_mask, *rest = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, labels, row_temperature, keep_mask, output[-1])
@@ -211,7 +228,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options = rest
 
 
-def _autograd(ctx, grad_logps, grad_entropy, *_):
+def _autograd(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     none = (None,) * (len(ctx.options) + 6)
     if not any(needs) or (grad_logps is None and grad_entropy is None):

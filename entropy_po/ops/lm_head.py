@@ -41,7 +41,7 @@ class LmHead:
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        options: tuple,
+        options: schema.FlatOptions,
         **facts: object,
     ):
         """`facts` are what else must be equal on all ranks of a vocab_group, beside the options."""

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import zlib
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_po.types import merge_states
+from entropy_po.types import IfAsked, merge_states
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 
 def group_name(argument: str, group: ProcessGroup | None) -> str:
@@ -45,8 +46,9 @@ class Ranks:
 
     def __init__(self, argument: str, name: str):
         self.argument = argument  # for messages
-        self.group = dist.distributed_c10d._resolve_process_group(name) if name else None
-        self.rank = self.group.rank() if name else 0
+        resolve: Any = dist.distributed_c10d._resolve_process_group
+        self.group: ProcessGroup | None = resolve(name) if name else None
+        self.rank = self.group.rank() if self.group is not None else 0
 
     def gather(self, x: Tensor) -> Tensor:
         """[P, *x.shape], in the order of ranks, the same on all of them."""
@@ -58,7 +60,10 @@ class Ranks:
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum over ranks. Every rank goes on alike from it, so the derivative by its own part is 1."""
-        return part if self.group is None else _Sum.apply(part, self)
+        if self.group is None:
+            return part
+        summed: Tensor = _Sum.apply(part, self)  # type: ignore[no-untyped-call]
+        return summed
 
     def sum_(self, x: Tensor) -> None:
         """The sum over ranks, in place: for what is too large to gather."""
@@ -103,11 +108,11 @@ def _code(fact: object) -> int:
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, part: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
         return ranks.gather(part).sum(0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -162,8 +167,9 @@ def sequence_shard(cu_seqlens: Tensor, rank: int, size: int) -> tuple[Tensor, Te
     return torch.cat([torch.empty(0, dtype=torch.int64), *rows]).to(cu_seqlens.device), part
 
 
-def local_shards(group: ProcessGroup | None, **tensors: Tensor | None) -> list[Tensor | None]:
-    """This rank's rows of weights and biases: a tensor itself, or the local part of a DTensor that `group` shards by rows.
+def local_shards(group: ProcessGroup | None, **tensors: Tensor | None) -> list[IfAsked]:
+    """This rank's rows of weights and biases: a tensor itself, or the local part of a DTensor that `group` shards by rows;
+    None stays None.
 
     Raises:
         ValueError: a DTensor without a group (under FSDP every rank has rows of its own, and needs the whole weight), or
@@ -172,7 +178,7 @@ def local_shards(group: ProcessGroup | None, **tensors: Tensor | None) -> list[T
     return [_local(name, x, group) if _is_dtensor(x) else x for name, x in tensors.items()]
 
 
-def _local(name: str, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+def _local(name: str, tensor: DTensor, group: ProcessGroup | None) -> Tensor:
     if group is None:
         raise ValueError(
             f"{name} is a DTensor: under FSDP gather it first, {name}.full_tensor(); if its vocabulary is sharded over "
@@ -188,7 +194,7 @@ def _local(name: str, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return tensor.to_local()
 
 
-def _is_dtensor(tensor: Tensor | None) -> bool:
+def _is_dtensor(tensor: Tensor | None) -> TypeGuard[DTensor]:
     if type(tensor) in (type(None), Tensor, torch.nn.Parameter) or not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor

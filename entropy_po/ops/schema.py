@@ -6,7 +6,7 @@ names, and an output that was not asked for as an empty tensor.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from entropy_po.types import TokenStats, Transform, state_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+FlatOptions = tuple[Any, ...]  # a call's options as they lie in OPTIONS
 LIBRARY = torch.library.Library("entropy_po", "DEF")
 
 # Flat spelling of Transform (less the bias, which is differentiable) and of the options that every operator has.
@@ -35,7 +36,7 @@ def flat_options(
     outputs: tuple[str, ...],
     backend: str | None,
     vocab_group: ProcessGroup | None,
-) -> tuple:
+) -> FlatOptions:
     checks.check_int("ignore_index", ignore_index, "it marks rows without a label")
     if backend is not None and not isinstance(backend, str):
         raise ValueError(f"backend={backend!r} must be a name from available_backends(), or None to choose by device.")
@@ -44,12 +45,12 @@ def flat_options(
     return *options, ignore_index, list(outputs), backend or "", parallel.group_name("vocab_group", vocab_group)
 
 
-def transform_from_options(options: tuple, bias: Tensor | None = None) -> Transform:
+def transform_from_options(options: FlatOptions, bias: Tensor | None = None) -> Transform:
     row_temperature, keep_mask, temperature, logit_scale, softcap = options[:5]
     return Transform(logit_scale, softcap, temperature, row_temperature, bias, keep_mask)
 
 
-def vocab_shards(columns: int, labels: Tensor, options: tuple, **facts: object) -> VocabShards:
+def vocab_shards(columns: int, labels: Tensor, options: FlatOptions, **facts: object) -> VocabShards:
     """This rank's part of the vocabulary, once the ranks agree on labels, options and whatever else the caller names."""
     names = "temperature", "logit_scale", "softcap", "ignore_index", "outputs"
     return VocabShards(options[8], columns, labels, **dict(zip(names, options[2:7], strict=True)), **facts)

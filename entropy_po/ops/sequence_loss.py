@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
 from entropy_po.plan import Choice, SequencePlan, slices
-from entropy_po.types import state_dtype
+from entropy_po.types import IfAsked, OutputName, state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from entropy_po.tiles import BackendName
 
 
 class SequenceBatch(NamedTuple):
@@ -27,13 +29,13 @@ class SequenceBatch(NamedTuple):
     """
 
     token_logps: Tensor  # [n]
-    token_entropy: Tensor | None  # [n]; None unless outputs names it
+    token_entropy: IfAsked  # [n]; None unless outputs names it
     rows: Tensor  # [n] int64, places among the N rows of the call
     sequence_ids: Tensor  # [n] int64
     lengths: Tensor  # int64, labelled tokens of every sequence of the call
-    sequences: slice | None = None  # which sequences; None where a term reads one token alone
-    logps: Tensor | None = None  # [S], fp64, sums over each sequence's tokens
-    entropy: Tensor | None = None  # [S], fp64
+    sequences: slice | Any = None  # which sequences; None where a term reads one token alone
+    logps: IfAsked = None  # [S], fp64, sums over each sequence's tokens
+    entropy: IfAsked = None  # [S], fp64
 
 
 class SequenceLossOutput(NamedTuple):
@@ -41,7 +43,7 @@ class SequenceLossOutput(NamedTuple):
 
     loss: Tensor  # scalar, the sum of all terms
     logps: Tensor  # [S], sums over labelled tokens, nats
-    entropy: Tensor | None  # [S], likewise; None unless outputs names it
+    entropy: IfAsked  # [S], likewise; None unless outputs names it
     lengths: Tensor  # [S] int64
     token_logps: Tensor  # [N], 0 where the label is ignored
     choice: Choice
@@ -71,7 +73,7 @@ def sequence_loss(
     loss_fn: LossFunction,
     *,
     coupled: int = 1,
-    outputs: tuple[str, ...] = ("logps",),
+    outputs: tuple[OutputName, ...] = ("logps",),
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -79,10 +81,10 @@ def sequence_loss(
     keep_mask: Tensor | None = None,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
-    strategy: str = "auto",
+    strategy: Literal["auto", "resident", "recompute"] = "auto",
     vocab_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> SequenceLossOutput:
     """A loss of your own over packed sequences, with gradients for hidden states, weight and bias.
 
@@ -162,13 +164,16 @@ def sequence_loss(
             vocab_group=vocab_group,
             backend=backend,
         )
-        kept = [None if x is None else x if head.kept is None else x[head.kept] for x in stats[:2]]
+        kept: list[IfAsked] = [None if x is None else x if head.kept is None else x[head.kept] for x in stats[:2]]
         loss = _checked(
             loss_fn(batches.of(slice(0, head.num_kept), slice(0, len(seqs)), *kept)), stats.logps.requires_grad
         )
-        token_logps, token_entropy = (None if x is None else x.detach() for x in kept)
+        detached: list[IfAsked] = [None if x is None else x.detach() for x in kept]
+        token_logps, token_entropy = detached
     else:
-        loss, token_logps, token_entropy = _Resident.apply(*inputs, head, plan, batches, loss_fn, needs)
+        loss, token_logps, token_entropy = _Resident.apply(  # type: ignore[no-untyped-call]
+            *inputs, head, plan, batches, loss_fn, needs
+        )
     if not coupled:
         loss = seqs.ranks.sum(loss)
     return SequenceLossOutput(
@@ -210,7 +215,17 @@ class _Resident(torch.autograd.Function):
     """Each group's loss is differentiated while its logits are there; the backward only scales."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head: LmHead, plan: SequencePlan, batches: _Batches, loss_fn, needs):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: LmHead,
+        plan: SequencePlan,
+        batches: _Batches,
+        loss_fn: LossFunction,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         tiles = RowTiles(head, plan.weight_cols)
         parts = list(batches.parts(plan))
         sums = GradientSums(tiles, needs, num_tiles=len(parts))
@@ -237,7 +252,7 @@ class _Resident(torch.autograd.Function):
         return total, tiles.logps, tiles.entropy
 
     @staticmethod
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         schema.refuse_second_order("sequence_loss")
         return *sequences.scaled(ctx, grad_loss), *(None,) * 5
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Sequences:
 
 
 def plan_for(
-    head: LmHead, seqs: Sequences, needs: Sequence[bool], strategy: str, workspace_bytes: int, **loss
+    head: LmHead, seqs: Sequences, needs: Sequence[bool], strategy: str, workspace_bytes: int, **loss: Any
 ) -> SequencePlan:
     """`plan_sequences` for a head; `loss` says what it knows of the loss: coupled, can_defer, anchored.
 
@@ -189,7 +190,7 @@ class GradientSums:
     """dH, dW and dbias of one call over row tiles. A result is kept in its own dtype, fp16 in fp32: what comes back through
     a loss scale must not have been rounded without it."""
 
-    def __init__(self, tiles: RowTiles, needs: tuple[bool, bool, bool], num_tiles: int):
+    def __init__(self, tiles: RowTiles, needs: Sequence[bool], num_tiles: int):
         head = tiles.head
         self.tiles = tiles
         wants_hidden, wants_weight, wants_bias = needs
@@ -222,14 +223,14 @@ class GradientSums:
         """(dH, dW, dbias), [0] where not wanted."""
         head = self.tiles.head
         empty = head.hidden.new_empty(0)
-        grad_weight, grad_bias = self.vocab.weight, self.vocab.bias
+        bias, grad_weight, grad_bias = head.transform.bias, self.vocab.weight, self.vocab.bias
         if grad_weight is not None:
             grad_weight = grad_weight.zero_() if self.vocab.empty else grad_weight
             grad_weight = grad_weight.to(held_dtype(head.weight.dtype))
         return (
             empty if self.hidden is None else self.hidden.finish(),
             empty.clone() if grad_weight is None else grad_weight,
-            empty.clone() if grad_bias is None else grad_bias.to(held_dtype(head.transform.bias.dtype)),
+            empty.clone() if grad_bias is None or bias is None else grad_bias.to(held_dtype(bias.dtype)),
         )
 
 
@@ -238,11 +239,11 @@ def held_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def scaled(ctx, factor: Tensor) -> list[Tensor | None]:
+def scaled(ctx: Any, factor: Tensor) -> list[Tensor | None]:
     """The saved gradients of (hidden states, weight, bias) times the upstream scalar: in their own memory, unless the graph
     will be used again, or is being traced."""
     again = torch._C._autograd._get_current_graph_task_keep_graph()
-    grads = []
+    grads: list[Tensor | None] = []
     for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False):
         if not need:
             grads.append(None)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from entropy_po import tiles
 from entropy_po.ops import checks, schema
-from entropy_po.types import Level, TokenStats, new_state, state_dtype, stats_from_state
+from entropy_po.types import Level, OutputName, TokenStats, new_state, state_dtype, stats_from_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from entropy_po.tiles import BackendName
 
 _SCHEMA = f"(Tensor logits, Tensor labels, {schema.OPTIONS}, bool inplace_backward)"
 _BACKWARD = (
@@ -30,7 +32,7 @@ def token_stats(
     logits: Tensor,
     labels: Tensor,
     *,
-    outputs: tuple[str, ...] = ("logps", "entropy"),
+    outputs: tuple[OutputName, ...] = ("logps", "entropy"),
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -38,7 +40,7 @@ def token_stats(
     ignore_index: int = -100,
     inplace_backward: bool = False,
     vocab_group: ProcessGroup | None = None,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> TokenStats:
     """Per-token log-probability, entropy and more, from logits, in one read of them.
 
@@ -130,7 +132,7 @@ def _row_blocks(logits: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]
         yield slice(start, start + block.shape[0]), block
 
 
-def _forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
+def _forward(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
     ignore_index, outputs, backend = options[5:8]
     shards = schema.vocab_shards(logits.shape[-1], labels, options)
     if logits.device.type == "cpu":
@@ -160,14 +162,22 @@ def _forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
     return *results, state.masked_fill_(ignored, 0)
 
 
-def _fake_forward(logits: Tensor, labels: Tensor, *options) -> tuple[Tensor, ...]:
+def _fake_forward(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
     outputs = options[6]
     rows = new_state(0, Level.for_outputs(tuple(outputs)), logits).shape[0]
     state = logits.new_empty((rows, labels.shape[0]), dtype=state_dtype(logits.dtype))
     return *schema.empty_stats(labels.shape[0], outputs, logits), state
 
 
-def _grad_into(out: Tensor, grad_logps, grad_entropy, logits, labels, state, *options) -> None:
+def _grad_into(
+    out: Tensor,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    state: Tensor,
+    *options: Any,
+) -> None:
     ignore_index, _, backend = options[5:8]
     shards = schema.vocab_shards(logits.shape[-1], labels, options)
     labels, transform = labels.contiguous(), schema.transform_from_options(options)
@@ -187,27 +197,27 @@ def _grad_into(out: Tensor, grad_logps, grad_entropy, logits, labels, state, *op
         )
 
 
-def _backward(grad_logps, grad_entropy, logits, *rest) -> Tensor:
+def _backward(grad_logps: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _grad_into(out, grad_logps, grad_entropy, logits, *rest)
     return out
 
 
-def _fake_backward(grad_logps, grad_entropy, logits, *rest) -> Tensor:
+def _fake_backward(grad_logps: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _backward_(grad_logps, grad_entropy, logits, *rest) -> None:
+def _backward_(grad_logps: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: Any) -> None:
     _grad_into(logits, grad_logps, grad_entropy, logits, *rest)
     # the kernel wrote behind autograd's back: whoever still needs the logits must get its error, not a gradient
     torch.autograd.graph.increment_version(logits)
 
 
-def _fake_backward_(*args) -> None:
+def _fake_backward_(*args: Any) -> None:
     return None
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, row_temperature, keep_mask, *rest, inplace_backward = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, row_temperature, keep_mask, output[-1])
@@ -215,7 +225,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.options, ctx.inplace_backward = rest, inplace_backward
 
 
-def _autograd(ctx, grad_logps, grad_entropy, *_):
+def _autograd(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if not ctx.needs_input_grad[0] or (grad_logps is None and grad_entropy is None):
         return (None,) * 12
     schema.refuse_second_order("token_stats")

@@ -43,7 +43,7 @@ def rows(task: str, size: int, seed: int = 0, **settings) -> list[dict]:
 
 def score(
     completions: Sequence, task: Sequence[str], settings: Sequence[str], seed: Sequence[int], index: Sequence[int], **_
-):
+) -> list[float]:
     """Reward in [0, 1] by the task's own scoring, 1 for a right answer. With the signature of TRL's reward functions."""
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
     found = []

@@ -73,6 +73,7 @@ def run_program(source: str, *, timeout: float = 5.0, memory_mib: int = 512, fil
             env={"TMPDIR": folder, "HOME": folder},
             start_new_session=True,
         )
+        assert process.stdin is not None and process.stdout is not None  # both are pipes
         timed_out = False
         try:
             process.stdin.write(job)

@@ -245,7 +245,7 @@ def _token_ids(row: dict, tokenizer) -> tuple[int, list[int], list[int]]:
         raise ValueError(
             "an answer has no tokens of its own; both chosen and rejected must add something to the prompt."
         )
-    return length, *answers
+    return length, answers[0], answers[1]
 
 
 def _split_messages(prompt, chosen, rejected) -> tuple[list, list, list]:
@@ -259,10 +259,10 @@ def _split_messages(prompt, chosen, rejected) -> tuple[list, list, list]:
             raise ValueError('a message must have "role" and "content"; got ' + repr(message)[:80] + ".")
     transcripts = all(answer[0]["role"] in ("system", "user") for answer in answers)
     if prompt and not transcripts:
-        return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], *answers
+        return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], answers[0], answers[1]
     shared = _common_prefix(*answers)
     if answers[0] == answers[1]:
-        return [], *answers
+        return [], answers[0], answers[1]
     if shared == 0:
         raise ValueError(
             "chosen and rejected share no first message, and there is no prompt; add the prompt to the row."

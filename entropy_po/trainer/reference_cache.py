@@ -6,6 +6,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ def attach_reference(
         )
     try:
         model.to(accelerator.device)  # before FSDP shards it, a model waits on the CPU
-        with evaluation_mode(model), torch.no_grad(), model.disable_adapter() if adapter else nullcontext():
+        disabled: Any = model.disable_adapter if adapter else None
+        with evaluation_mode(model), torch.no_grad(), disabled() if adapter else nullcontext():
             fingerprint = _fingerprint(model, dataset, settings)
             path = folder / f"ref_logps-{fingerprint[:16]}.safetensors"
             logps = _load(path, fingerprint, len(dataset))

@@ -1,6 +1,7 @@
 """Sampled answers and their loss: what stays constant while the policy takes one or several steps on them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,15 +26,15 @@ class Rollout:
     parts: Tensor  # [S, F] of each reward function, NaN where it abstained
     finished: Tensor  # [S] bool: ended by itself
     group: int
-    ref_logps: Tensor | None = None  # [n], under the reference, nats
+    ref_logps: Tensor | Any = None  # [n], under the reference, nats
     estimator: str = "sequence"
     level: str = "token"  # of the importance ratios
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     last: bool = False  # of the optimiser step's batches
-    old_logps: Tensor | None = field(default=None, init=False)  # [n], or [S] where level is "sequence"
-    advantages: Tensor | None = field(default=None, init=False)  # likewise
-    num_clipped: Tensor | None = field(default=None, init=False)  # of the latest step
+    old_logps: Tensor | Any = field(default=None, init=False)  # [n], or [S] where level is "sequence"
+    advantages: Tensor | Any = field(default=None, init=False)  # likewise
+    num_clipped: Tensor | Any = field(default=None, init=False)  # of the latest step
 
     @property
     def is_fresh(self) -> bool:

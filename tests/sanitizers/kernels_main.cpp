@@ -97,7 +97,8 @@ void tile_case(const CpuKernels& kernels) {
   Guarded<uint8_t> keep(rows ? (rows - 1) * keep_stride + cols : 0);
 
   TileArgs args{};
-  const bool has_bias = maybe(0.3), has_keep = maybe(0.3), has_temperatures = maybe(0.3), has_entropy = level && maybe();
+  const bool has_bias = maybe(0.3), has_keep = maybe(0.3), has_temperatures = maybe(0.3),
+             has_entropy = level && maybe();
   args.softcap = maybe(0.3) ? 5.0 : 0.0;
   args.logit_scale = maybe(0.3) ? 0.7 : 1.0;
   args.temperature = maybe(0.3) ? 1.7 : 1.0;
@@ -105,10 +106,12 @@ void tile_case(const CpuKernels& kernels) {
   const double jump = maybe(0.2) ? 2048.0 : 0.0;  // what was summed before is nothing beside it
   for (int64_t i = 0; i < tile.size(); ++i) {
     const double fine = std::round(normal(3.0) * 64) / 64;
-    const double later = std::is_same_v<Src, float> && i % stride >= 1024 ? jump : 0.0;  // the next block's, in the kernels
+    // the next block's, in the kernels
+    const double later = std::is_same_v<Src, float> && i % stride >= 1024 ? jump : 0.0;
     tile[i] = rounded<Src>(maybe(0.05) ? -kInf : fine + offset + later);
   }
-  if (!in_place) for (int64_t i = 0; i < other.size(); ++i) other[i] = rounded<Out>(77.0);
+  if (!in_place)
+    for (int64_t i = 0; i < other.size(); ++i) other[i] = rounded<Out>(77.0);
   for (int64_t j = 0; j < cols; ++j) bias[j] = T(std::round(normal() * 64) / 64);
   for (int64_t i = 0; i < keep.size(); ++i) keep[i] = maybe(0.8);
   for (int64_t i = 0; i < rows; ++i) {
@@ -119,7 +122,8 @@ void tile_case(const CpuKernels& kernels) {
     g_entropy[i] = T(normal());
     for (int64_t k = 0; k < state.size() / rows; ++k) state[k * rows + i] = T(0);
     for (int k : {0, 3, 4}) state[k * rows + i] = T(-kInf);  // m, and the label's two
-    if (maybe(0.05)) for (int64_t j = 0; j < cols; ++j) tile[i * stride + j] = rounded<Src>(-kInf);
+    if (maybe(0.05))
+      for (int64_t j = 0; j < cols; ++j) tile[i * stride + j] = rounded<Src>(-kInf);
   }
   args.tile = tile.get();
   args.n_rows = rows, args.n_cols = cols, args.tile_stride = stride;
@@ -192,13 +196,15 @@ void tile_case(const CpuKernels& kernels) {
         if (row[j] != -kInf && !std::isnan(ours)) fail("gradient from a NaN", ours, NAN);
         continue;
       }
-      const double p = std::exp(row[j] - m) / s, gl = has_logp ? double(g_logp[i]) : 0.0, ge = has_entropy ? double(g_entropy[i]) : 0.0;
+      const double p = std::exp(row[j] - m) / s, gl = has_logp ? double(g_logp[i]) : 0.0,
+                   ge = has_entropy ? double(g_entropy[i]) : 0.0;
       double exact = gl * ((here && j == label) - p);
       if (p > 0) exact -= ge * p * (row[j] - m - t / s);
       exact = (row[j] == -kInf && !(here && j == label) ? 0.0 : exact) * slope[i * cols + j];
       if (row[j] == -kInf && here && j == label) continue;  // log p is -inf: the caller hears of it from the value
       const double size = std::fabs(gl) + std::fabs(ge) * (1 - t / s);
-      close("gradient", ours, exact, kUnit<Out> * std::fabs(exact) + (slack + 1e-6 * kUnit<Out>) * size + 1e-7 * (sizeof(Out) == 2));
+      close("gradient", ours, exact,
+            kUnit<Out> * std::fabs(exact) + (1e-6 * kUnit<Out> + slack) * size + 1e-7 * (sizeof(Out) == 2));
     }
   }
   for (int64_t i = 0; i + 1 < rows; ++i) {  // between the rows nothing is written
@@ -219,7 +225,9 @@ void gemm_case() {
   const int64_t a_rows = g.a_transposed ? g.k : g.m, a_cols = g.a_transposed ? g.m : g.k;
   const int64_t b_rows = g.b_transposed ? g.n : g.k, b_cols = g.b_transposed ? g.k : g.n;
   g.a_stride = a_cols + pick(0, 3), g.b_stride = b_cols + pick(0, 3), g.out_stride = g.n + pick(0, 3);
-  const auto extent = [](int64_t rows, int64_t cols, int64_t stride) { return rows && cols ? (rows - 1) * stride + cols : 0; };
+  const auto extent = [](int64_t rows, int64_t cols, int64_t stride) {
+    return rows && cols ? (rows - 1) * stride + cols : 0;
+  };
   Guarded<uint16_t> a(extent(a_rows, a_cols, g.a_stride)), b(extent(b_rows, b_cols, g.b_stride));
   Guarded<float> out(extent(g.m, g.n, g.out_stride));
   for (int64_t i = 0; i < a.size(); ++i) a[i] = rounded<BFloat16>(normal()).bits;
@@ -255,7 +263,8 @@ int main(int argc, char** argv) {
   const long cases = std::strtol(argv[2], nullptr, 10);
   std::vector<const CpuKernels*> kernels;
 #ifdef ENTROPY_PO_X86_LEVELS
-  for (const CpuKernels* k : {&kCpuKernelsX86V4, &kCpuKernelsX86V3}) if (k->supported()) kernels.push_back(k);
+  for (const CpuKernels* k : {&kCpuKernelsX86V4, &kCpuKernelsX86V3})
+    if (k->supported()) kernels.push_back(k);
 #endif
   if (kCpuKernelsBaseline.supported()) kernels.push_back(&kCpuKernelsBaseline);
   for (long i = 0; i < cases; ++i) {
@@ -268,5 +277,6 @@ int main(int argc, char** argv) {
     }
     if (gemm_bf16_supported()) gemm_case();
   }
-  std::printf("%ld rounds of %zu instruction sets%s\n", cases, kernels.size(), gemm_bf16_supported() ? ", gemm_bf16" : "");
+  std::printf("%ld rounds of %zu instruction sets%s\n", cases, kernels.size(),
+              gemm_bf16_supported() ? ", gemm_bf16" : "");
 }
