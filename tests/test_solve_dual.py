@@ -32,7 +32,7 @@ def equal_reward_policy(alpha, rewards, log_ref, min_reward):
 
 
 def test_frontier_of_sixty_outcomes(gen):
-    # theory.md section 5: at equal reward entropy rises with alpha, KL is least at alpha = 1 and flat there.
+    # At equal reward entropy rises with alpha, KL is least at alpha = 1 and flat there.
     rewards, log_ref = toy(gen, 60)
     min_reward = equal_reward_target(rewards, log_ref)
     alphas = (0.8, 0.9, 1.0, 1.1, 1.3, 2.0, 5.0)
