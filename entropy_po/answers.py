@@ -51,9 +51,7 @@ class Answers(NamedTuple):
         and `options` are the operator's."""
 
         def call(head: Head, hidden_states: Tensor):
-            return operator(
-                hidden_states, head.weight, self.labels, self.cu_seqlens, *args, **head.options, **options
-            )
+            return operator(hidden_states, head.weight, self.labels, self.cu_seqlens, *args, **head.options, **options)
 
         return with_head(self.model, call, self.hidden_states)
 

@@ -73,8 +73,8 @@ def head_of(model: nn.Module) -> Head:
         shape = None if weight is None else tuple(weight.shape)
         raise ValueError(
             f"model: its output head ({type(module).__name__}) has no whole [V, D] weight here, got {shape}; under FSDP2 it "
-            "is whole after a forward of backbone_hidden_states, under ZeRO-3 inside with_head, under tensor parallelism "
-            "never: use FSDP2, ZeRO or plain data parallelism."
+            "is whole after a forward of backbone_hidden_states, under ZeRO-3 inside with_head (load the model by its name, or "
+            "before the training arguments), under tensor parallelism never: use FSDP2, ZeRO or plain data parallelism."
         )
     scale = 1.0
     for name in _MULTIPLIERS:

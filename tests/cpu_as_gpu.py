@@ -4,6 +4,7 @@
 GPUs; everything else, the file of the engine and what accelerate makes of it, is as it would be there.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -28,9 +29,8 @@ def cpu_as_gpu() -> Iterator[None]:
     device = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
     with mock.patch.dict(os.environ, device), mock.patch.object(PartialState, "_prepare_backend", prepare):
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            import deepspeed.comm.torch
-
-            deepspeed.comm.torch.build_shm_op = lambda: None  # it would compile one, and then use gloo all the same
+            backend = importlib.import_module("deepspeed.comm.torch")  # by attribute it is torch itself
+            backend.build_shm_op = lambda: None  # it would compile one, and do the rest over gloo all the same
         yield
 
 
@@ -48,8 +48,11 @@ def engine(name: str, *flags: str) -> Iterator[None]:
         if name == "ddp":
             yield
         else:
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
             with cpu_as_gpu():
                 yield
+            unset_hf_deepspeed_config()  # it would make shards of the next model
 
 
 if __name__ == "__main__":
