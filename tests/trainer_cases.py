@@ -36,7 +36,7 @@ def _run(folder, num_pairs, tied, resume, die_at, **options):
     trainer.train(resume)
     evaluation = trainer.evaluate()
     history = [row for row in trainer.state.log_history if "loss" in row]
-    return history, evaluation, torch.cat([_whole(p).flatten() for p in trainer.model.parameters()])
+    return history, evaluation, torch.cat([_whole(p).flatten().cpu() for p in trainer.model.parameters()])
 
 
 def _whole(parameter):
