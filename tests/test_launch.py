@@ -42,7 +42,7 @@ def folder(tmp_path):
 def documented(launcher):
     """The words of the page's command, with this machine for its HOST, one process a node, and the fixture's model."""
     page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    (command,) = re.findall(rf"^{launcher} .*", page, re.MULTILINE)
+    (command,) = re.findall(rf"^{launcher} .* -m entropy_po.cli .*", page, re.MULTILINE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
