@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from entropy_po.heads import Head, backbone_hidden_states, head_of
+from entropy_po.heads import Head, backbone_hidden_states, head_of, output_layer, with_head
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.sequences import segment_sums
 
@@ -19,7 +19,7 @@ class Answers(NamedTuple):
     hidden_states: Tensor  # [n, D], differentiable, in the dtype of the head's weight
     labels: Tensor  # [n] int64
     cu_seqlens: Tensor  # [S + 1] int64, on the CPU
-    head: Head
+    model: nn.Module
     aux_loss: Tensor | None  # router loss of a mixture of experts
 
     @classmethod
@@ -32,37 +32,42 @@ class Answers(NamedTuple):
         answered = labels != IGNORE_INDEX
         sequence, position = answered.nonzero(as_tuple=True)
         hidden, aux_loss = backbone_hidden_states(model, batch["input_ids"], batch["attention_mask"], **inputs)
-        head = head_of(model)
         lengths = answered.sum(1).cpu()
         return cls(
-            hidden[sequence, position].to(head.weight.dtype),
+            hidden[sequence, position].to(output_layer(model).weight.dtype),
             labels[sequence, position],
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-            head,
+            model,
             aux_loss,
         )
+
+    @property
+    def head(self) -> Head:
+        """As `head_of` has it now."""
+        return head_of(self.model)
 
     def loss(self, operator: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """What `linear_preference_loss` or `sequence_loss` makes of these answers, the head's own transform included; `args`
         and `options` are the operator's."""
-        return operator(
-            self.hidden_states, self.head.weight, self.labels, self.cu_seqlens, *args, **self.head.options, **options
-        )
+
+        def call(head: Head, hidden_states: Tensor) -> Any:
+            return operator(hidden_states, head.weight, self.labels, self.cu_seqlens, *args, **head.options, **options)
+
+        return with_head(self.model, call, self.hidden_states)
 
 
 def answer_token_logps(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
     """(log-probs [n] in nats, of every token of a batch's answers in order; answers' lengths [S]). `batch` as `Answers.of`
     takes it; `options` of `linear_token_stats`: temperature, workspace_bytes."""
     answers = Answers.of(model, batch)
-    stats = linear_token_stats(
-        answers.hidden_states,
-        answers.head.weight,
-        answers.labels,
-        outputs=("logps",),
-        **answers.head.options,
-        **options,
-    )
-    return stats.logps, answers.cu_seqlens.diff().to(stats.logps.device)
+
+    def call(head: Head, hidden_states: Tensor) -> Any:
+        return linear_token_stats(
+            hidden_states, head.weight, answers.labels, outputs=("logps",), **head.options, **options
+        )
+
+    logps = with_head(model, call, answers.hidden_states).logps
+    return logps, answers.cu_seqlens.diff().to(logps.device)
 
 
 def answer_logps(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:

@@ -62,23 +62,19 @@ def head_of(model: nn.Module) -> Head:
         >>> head = head_of(model)                                                      # doctest: +SKIP
         >>> stats = linear_token_stats(hidden, head.weight, labels, **head.options)    # doctest: +SKIP
     """
-    module, config = _head_module(model), _text_config(model)
-    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        module = (
-            module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
-        )
+    module, config = output_layer(model), _text_config(model)
     if hasattr(module, "base_layer"):
         raise ValueError(
             f"model: its output head carries an adapter ({type(module).__name__}), and the loss is computed from the "
             "head's weight alone; leave lm_head out of lora_target_modules, or train it whole with modules_to_save."
         )
     weight = getattr(module, "weight", None)
-    if weight is None or weight.ndim != 2 or type(weight.data).__name__ == "DTensor" or hasattr(weight, "ds_id"):
+    if weight is None or weight.ndim != 2 or type(weight.data).__name__ == "DTensor":
         shape = None if weight is None else tuple(weight.shape)
         raise ValueError(
             f"model: its output head ({type(module).__name__}) has no whole [V, D] weight here, got {shape}; under FSDP2 it "
-            "is whole after a forward of backbone_hidden_states, under ZeRO-3 and tensor parallelism never: use FSDP2, "
-            "ZeRO-2 or plain data parallelism."
+            "is whole after a forward of backbone_hidden_states, under ZeRO-3 inside with_head (load the model by its name, or "
+            "before the training arguments), under tensor parallelism never: use FSDP2, ZeRO or plain data parallelism."
         )
     scale = 1.0
     for name in _MULTIPLIERS:
@@ -87,6 +83,38 @@ def head_of(model: nn.Module) -> Head:
         scale /= getattr(config, name, None) or 1.0
     softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
     return Head(weight, getattr(module, "bias", None), softcap, float(scale))
+
+
+def output_layer(model: nn.Module) -> nn.Module:
+    """The module of the head that is in use, under PEFT with `modules_to_save` the trained copy or the original one."""
+    module = _head_module(model)
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        return module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
+    return module
+
+
+def with_head(model: nn.Module, call: Callable[[Head, Tensor], Any], hidden_states: Tensor) -> Any:
+    """`call(head_of(model), hidden_states)`, at a time when the head is whole.
+
+    Under ZeRO-3 a weight is whole within a forward of its own module, and again while the backward passes through what that
+    forward returned. So the call becomes, once, the forward of the head's module: the engine gathers the weight for it, and
+    reduces and scatters its gradient, as it does for every layer.
+
+    Args:
+        model: as for `backbone_hidden_states`, which must have been called before.
+        call: a function of the head and the hidden states; it returns tensors, or tuples of them.
+        hidden_states: differentiable; what `call` returns depends on the model through them and the head alone.
+    Raises:
+        ValueError: as `head_of`.
+    """
+    layer = output_layer(model)
+    if not hasattr(getattr(layer, "weight", None), "ds_id"):
+        return call(head_of(model), hidden_states)
+    layer.forward = lambda hidden: call(head_of(model), hidden)
+    try:
+        return layer(hidden_states)
+    finally:
+        del layer.forward
 
 
 def backbone_hidden_states(

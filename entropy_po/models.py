@@ -62,13 +62,25 @@ def load_model(
             )
         return load_model(base, dtype=dtype, adapter=name_or_path, **kwargs)
     kwargs["dtype"] = _resolve_dtype(dtype)
-    with _progress_bars(not _is_local(name_or_path)):
+    with _progress_bars(not _is_local(name_or_path)), _whole():
         model: Any = AutoModelForCausalLM.from_pretrained(_resolve_source(name_or_path), **kwargs)
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
     return model.eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Under ZeRO-3 transformers loads shards as soon as training arguments exist, and no reference pass could run on them."""
+    from transformers.integrations import deepspeed
+
+    config, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -34,7 +34,15 @@ def mesh():
 
 
 def group_of(size):
-    return {1: None, 2: mesh().get_group("vocab"), 4: dist.group.WORLD}[size]
+    if size in (1, dist.get_world_size()):
+        return None if size == 1 else dist.group.WORLD
+    return mesh().get_group("vocab")
+
+
+def on_its_gpu(case, *args, **kwargs):
+    """One of the cases below, its tensors made on the rank's own device."""
+    with torch.device("cuda", dist.get_rank()):
+        return globals()[case](*args, **kwargs)
 
 
 def place_in(group):

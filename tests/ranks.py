@@ -1,4 +1,4 @@
-"""Processes that stay up over gloo, and run one function after another on all ranks: starting them is what costs."""
+"""Processes that stay up over gloo, or over NCCL with a GPU each, and run one function after another on all ranks: starting them is what costs."""
 
 import importlib
 import os
@@ -24,8 +24,8 @@ class Ranks:
     ended: one that failed between two collectives leaves the others waiting.
     """
 
-    def __init__(self, size: int):
-        self.size, self.processes = size, []
+    def __init__(self, size: int, backend: str = "gloo"):
+        self.size, self.backend, self.processes = size, backend, []
 
     def run(self, function, seed: int, *args, **kwargs) -> list:
         """What the function returned, by rank."""
@@ -59,7 +59,7 @@ class Ranks:
             port = free.getsockname()[1]
         self.inboxes, self.outbox = [context.Queue() for _ in range(self.size)], context.Queue()
         self.processes = [
-            context.Process(target=_serve, args=(rank, self.size, port, inbox, self.outbox), daemon=True)
+            context.Process(target=_serve, args=(rank, self.size, port, self.backend, inbox, self.outbox), daemon=True)
             for rank, inbox in enumerate(self.inboxes)
         ]
         for process in self.processes:
@@ -72,15 +72,17 @@ class Ranks:
         self.processes = []
 
 
-def _serve(rank: int, size: int, port: int, inbox, outbox) -> None:
+def _serve(rank: int, size: int, port: int, backend: str, inbox, outbox) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
     # as torchrun sets it, for accelerate
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update(
         {name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     while True:
         module, name, seed, args, kwargs = inbox.get()
         torch.manual_seed(seed)  # the same on all ranks: every rank makes the whole problem, and takes its part

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,8 +11,17 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-def run(folder, num_pairs=8, tied=False, resume=None, die_at=None, **options):
-    """(rows of metrics, evaluation, all weights as one vector) of a run on this many ranks, this process being one."""
+def run(folder, num_pairs=8, tied=False, resume=None, die_at=None, engine=None, flags=(), **options):
+    """(rows of metrics, evaluation, all weights as one vector) of a run on this many ranks, this process being one.
+
+    `engine` names a file of docs/accelerate, `flags` are accelerate's beside it."""
+    import cpu_as_gpu
+
+    with nullcontext() if engine is None else cpu_as_gpu.engine(engine, *flags):
+        return _run(folder, num_pairs, tied, resume, die_at, **options)
+
+
+def _run(folder, num_pairs, tied, resume, die_at, **options):
     from test_trainer import make_model, make_rows, make_trainer
     from transformers import TrainerCallback
 
@@ -26,7 +36,16 @@ def run(folder, num_pairs=8, tied=False, resume=None, die_at=None, **options):
     trainer.train(resume)
     evaluation = trainer.evaluate()
     history = [row for row in trainer.state.log_history if "loss" in row]
-    return history, evaluation, torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return history, evaluation, torch.cat([_whole(p).flatten().cpu() for p in trainer.model.parameters()])
+
+
+def _whole(parameter):
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.full_tensor().detach() if hasattr(parameter, "full_tensor") else parameter.detach()
 
 
 def fully_sharded(tied, reshard, own_unit):

@@ -17,7 +17,7 @@ from entropy_po.memory import peak_bytes
 from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
 from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint
 from entropy_po.trainer.config import TrainingConfig
-from entropy_po.trainer.safety import StopAfterStep, check_finite, only_run_in
+from entropy_po.trainer.safety import StopAfterStep, check_finite, naming_lost_ranks, only_run_in
 
 
 class HeadTrainer(Trainer):
@@ -109,7 +109,14 @@ class HeadTrainer(Trainer):
         self._window_start += time.perf_counter() - start
         return output
 
-    # ---- resume ----
+    # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; under FSDP a finished model is written whole, also where checkpoints are shards."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and not _internal_call and "FULL" not in str(plugin.state_dict_type):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As transformers.Trainer.train, and a checkpoint that was not written to its end is never resumed from.
@@ -118,6 +125,7 @@ class HeadTrainer(Trainer):
             ValueError: the checkpoint is incomplete, True was given and there is no complete one, or another run is writing
                 to output_dir.
             FloatingPointError: a loss that is no finite number; the batch is kept.
+            ConnectionError: another rank has ended; the message says where this one can go on.
             KeyboardInterrupt: after Ctrl-C, when the step that ran is saved.
         """
         if isinstance(resume_from_checkpoint, bool):
@@ -131,7 +139,7 @@ class HeadTrainer(Trainer):
         self._sums.clear()
         self._window_start = time.perf_counter()
         alone = only_run_in(self.args.output_dir) if self.args.process_index == 0 else nullcontext()
-        with alone, self._stop.listening():
+        with alone, self._stop.listening(), naming_lost_ranks(self):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def resumable_after(self, step: int) -> bool:

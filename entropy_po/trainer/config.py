@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -72,7 +73,9 @@ class TrainingConfig(TrainingArguments):
     per_device_train_batch_size: int = _arg(4, "Pairs, or prompts, per device and forward.")
     per_device_eval_batch_size: int = _arg(4, "The same in evaluation and in the reference pass.")
     logging_steps: float = _arg(10, "Steps between two rows of metrics.")
-    bf16: bool | None = _arg(None, "Mixed precision in bf16; default: yes on an accelerator that has it, no on a CPU.")
+    bf16: bool | None = _arg(
+        None, "Mixed precision in bf16; default: as accelerate launch has it, else yes on an accelerator that has it."
+    )
     # HfArgumentParser reads this union in the parent's order only.
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default=None, metadata={"help": "Loggers; default tensorboard where it is installed."}
@@ -88,6 +91,10 @@ class TrainingConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             # transformers refuses bf16 and warns about pinned memory where it was not told that this is meant.
             self.use_cpu = True
+        if (
+            self.bf16 is None and "ACCELERATE_MIXED_PRECISION" in os.environ
+        ):  # `accelerate launch` was told, or has its own
+            self.bf16 = os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
         if self.bf16 is None:
             on_cuda = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_cuda and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -125,8 +125,11 @@ class PreferenceTrainer(HeadTrainer):
 
     # ---- loss ----
 
-    def _preferences(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[PreferenceOutput, Tensor | None]:
-        """Sum of the pair losses, with all that the metrics read; and the router loss."""
+    def _preferences(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_pairs: int
+    ) -> tuple[PreferenceOutput, Tensor | None]:
+        """Sum of the first pairs' losses, with all that the metrics read; and the router loss."""
+        weights = (torch.arange(len(inputs["input_ids"]) // 2) < num_pairs).float()
         with self.accelerator.autocast():
             answers = Answers.of(model, inputs)
             output = answers.loss(
@@ -136,6 +139,7 @@ class PreferenceTrainer(HeadTrainer):
                 loss=self.args.loss,
                 label_smoothing=self.args.label_smoothing,
                 nll_coef=self.args.nll_coef,
+                pair_weights=weights.to(inputs["input_ids"].device),
                 reduction="sum",
                 temperature=self.args.temperature,
                 workspace_bytes=self.args.workspace_bytes,
@@ -145,24 +149,28 @@ class PreferenceTrainer(HeadTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum of the losses of this batch's pairs over the pairs of the whole step; their mean where it is unknown."""
-        output, aux_loss = self._preferences(model, inputs)
-        num_pairs = len(output.losses) if model.training else self._pairs_not_repeated(len(output.losses))
-        total = output.loss if num_pairs == len(output.losses) else output.losses[:num_pairs].sum()
-        total = self._with_router_loss(model, total, aux_loss, num_pairs)
+        num_pairs = len(inputs["input_ids"]) // 2
+        # a training step's batches are fetched together, before the first of them comes here
+        num_pairs = inputs.get("num_pairs", num_pairs) if model.training else self._pairs_not_repeated(num_pairs)
+        output, aux_loss = self._preferences(model, inputs, num_pairs)
+        total = self._with_router_loss(model, output.loss, aux_loss, num_pairs)
         self._accumulate(model.training, inputs, output, total, num_pairs)
         loss = self._over_items(total, num_pairs, num_items_in_batch)
         return (loss, {"margins": output.margins}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """Pairs in the whole optimiser step, over accumulation and ranks."""
+        """Pairs in the whole optimiser step, over accumulation and ranks; each batch is told how many of its own count."""
         if not batch_samples:
             return None
-        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
+        for batch in batch_samples:
+            batch["num_pairs"] = len(batch["input_ids"]) // 2
+        batch_samples[-1]["num_pairs"] = self._pairs_not_repeated(batch_samples[-1]["num_pairs"])
+        pairs = torch.tensor(sum(batch["num_pairs"] for batch in batch_samples), device=device)
         return self.accelerator.reduce(pairs, reduction="sum") if self.args.world_size > 1 else pairs
 
     def _pairs_not_repeated(self, num_pairs: int) -> int:
         """How many of this rank's pairs count. Ranks take equally many batches of one size, so the last ones are filled up
-        with pairs from the beginning; a mean over the evaluation set must not see those twice."""
+        with pairs from the beginning, which no loss and no metric must see twice."""
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return num_pairs

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from entropy_po.trainer.checkpoints import last_checkpoint
+
 LOCK_FILE = ".running"
 
 
@@ -77,6 +79,30 @@ class StopAfterStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked and self.trainer.resumable_after(state.global_step):
             control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def naming_lost_ranks(trainer) -> Iterator[None]:
+    """What a collective says when a rank is gone, in words: who is left, at which step, and where to go on from.
+
+    Raises:
+        ConnectionError: a collective failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors, with the file of its own that they come from
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        args, step = trainer.args, trainer.state.global_step
+        try:
+            remedy = f"resume_from_checkpoint goes on from {last_checkpoint(args.output_dir)}"
+        except ValueError:
+            remedy = f"no checkpoint is in {args.output_dir} yet"
+        raise ConnectionError(
+            f"rank {args.process_index} of {args.world_size} lost another one after step {step}, whose own output says why; "
+            f"{remedy} ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def save_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
