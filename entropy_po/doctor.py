@@ -1,4 +1,4 @@
-"""`entropy-po doctor`: all that an issue report needs, on one screen; it ends with a check of every backend against fp64."""
+"""`entropy-po doctor`: all that an issue report needs, on one screen, with a check of every backend against fp64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from entropy_po import __version__, reference, tiles
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.token_stats import token_stats
-from entropy_po.types import Transform
+from entropy_po.types import TokenStats, Transform
 
 RELATED = (
     "triton", "transformers", "accelerate", "peft", "datasets", "trl", "liger-kernel", "cut-cross-entropy", "numpy",
@@ -36,8 +36,8 @@ VARIABLES = re.compile(
     r"|MALLOC|GLIBC)_\w+|LD_PRELOAD|LD_LIBRARY_PATH|PYTHONPATH"
 )
 OPENMP_LIBRARY = re.compile(r"\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*")
-# What plain torch costs on these inputs is a tenth of these; a wrong label, mask or sum costs ten times them. The first is
-# in nats, and in parts of the largest element for an fp32 gradient; the second for a gradient that is rounded to bf16.
+# Bounds of the check: nats, and for a gradient parts of its largest element. Plain torch is 1e-6 from fp64 on these inputs,
+# 4e-3 where bf16 rounds the gradient; a wrong label, mask or sum is off by 1e-2 nat or more.
 BOUND, BF16_GRADIENT_BOUND = 1e-4, 2e-2
 
 
@@ -109,41 +109,45 @@ def self_check() -> list[dict[str, Any]]:
         `gradient` (largest error, parts of the largest element) and `ok`; or `error` in place of the numbers.
     """
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (
-        torch.randn(n, 96, generator=generator).bfloat16() for n in (64, 4099)
-    )  # odd: rows have remainders
-    weight = 0.3 * weight
-    labels = torch.randint(4099, (64,), generator=generator)
+    vocab = 4099  # odd, so that every instruction set has a remainder to do
+    hidden = torch.randn(64, 96, generator=generator).bfloat16()
+    weight = 0.3 * torch.randn(vocab, 96, generator=generator).bfloat16()
+    labels = torch.randint(vocab, (64,), generator=generator)
     labels[::7] = -100
-    cases = {
-        "token_stats": (token_stats, (hidden @ weight.t()).float()),
-        "linear_token_stats": (
-            lambda x, y, **options: linear_token_stats(x, weight.to(x.device), y, **options),
-            hidden,
-        ),
-    }
+
+    def head(x: Tensor, y: Tensor, backend: str) -> TokenStats:
+        return linear_token_stats(x, weight.to(x.device), y, backend=backend)
+
+    def exact(logits: Tensor, y: Tensor) -> TokenStats:
+        return reference.token_stats(logits, y, Transform())
+
+    def exact_head(x: Tensor, y: Tensor) -> TokenStats:
+        return exact(x @ weight.double().t(), y)
+
+    cases = (
+        ("token_stats", token_stats, exact, (hidden @ weight.t()).float(), BOUND),
+        ("linear_token_stats", head, exact_head, hidden, BF16_GRADIENT_BOUND),
+    )
     checks = []
-    for name, (operator, x) in cases.items():
-        truth = reference.token_stats if name == "token_stats" else _reference_of_head(weight)
-        exact = _with_gradient(lambda x, y, f=truth: f(x, y, Transform()), x.double(), labels)
+    for name, operator, truth, x, gradient_bound in cases:
+        true = _with_gradient(truth, x.double(), labels)
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             for backend in (b.value for b in tiles.BACKENDS_BY_DEVICE[device]):
                 check: dict[str, Any] = {"device": device, "backend": backend, "operator": name}
                 try:
                     if tiles.unavailable_reason(tiles.Backend(backend)):
                         continue
-                    call = partial(operator, backend=backend)
-                    check |= _errors(_with_gradient(call, x.to(device), labels.to(device)), exact)
-                    bound = BOUND if x.dtype == torch.float32 else BF16_GRADIENT_BOUND
-                    check["ok"] = max(check["logps"], check["entropy"]) <= BOUND and check["gradient"] <= bound
+                    got = _with_gradient(partial(operator, backend=backend), x.to(device), labels.to(device))
+                    logps, entropy, gradient = (
+                        (value.double().cpu() - t).abs().max().item() for value, t in zip(got, true, strict=True)
+                    )
+                    gradient /= true[2].abs().max().item()
+                    ok = logps <= BOUND and entropy <= BOUND and gradient <= gradient_bound  # False for a NaN
+                    check |= {"logps": logps, "entropy": entropy, "gradient": gradient, "ok": ok}
                 except Exception as error:
                     check |= {"ok": False, "error": _one_line(error)}
                 checks.append(check)
     return checks
-
-
-def _reference_of_head(weight: Tensor) -> Callable:
-    return lambda x, y, transform: reference.token_stats(x @ weight.double().t(), y, transform)
 
 
 def _with_gradient(function: Callable, x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -151,11 +155,6 @@ def _with_gradient(function: Callable, x: Tensor, labels: Tensor) -> tuple[Tenso
     stats = function(x, labels)
     (stats.logps.sum() - 0.5 * stats.entropy.sum()).backward()
     return stats.logps.detach(), stats.entropy.detach(), x.grad
-
-
-def _errors(got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
-    worst = [(value.double().cpu() - true).abs().max().item() for value, true in zip(got, exact, strict=True)]
-    return {"logps": worst[0], "entropy": worst[1], "gradient": worst[2] / exact[2].abs().max().item()}
 
 
 def _one_line(error: Exception) -> str:

@@ -93,12 +93,13 @@ def test_torch_alone_is_no_problem():
     )
 
 
-def test_a_wrong_result_shows(monkeypatch, capsys):
+@pytest.mark.parametrize("wrong_by", [1e-2, torch.nan])
+def test_a_wrong_result_shows(wrong_by, monkeypatch, capsys):
     sound = tiles.grad_
 
     def wrong(tile, *args, out=None, **kwargs):
         sound(tile, *args, out=out, **kwargs)
-        (tile if out is None else out)[:, -1] += 1e-2
+        (tile if out is None else out)[:, -1] += wrong_by
 
     monkeypatch.setattr(tiles, "grad_", wrong)
     assert doctor.main([]) == 1
