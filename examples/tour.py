@@ -270,7 +270,7 @@ if plt:
         logps, _, optimum, curve = results[alpha]
         left.plot(curve, color=color)
         left.text(1.02 * STEPS, curve[-1], f"alpha {alpha}", color=color, va="center")
-        left.axhline(entropy(optimum), color=color, linestyle=":", linewidth=1)
+        left.hlines(entropy(optimum), 0, STEPS, color=color, linestyle=":", linewidth=1)
         right.scatter(optimum.exp(), logps.exp(), color=color, s=12)
     left.set_xlabel("step")
     left.set_ylabel("entropy of the policy, nats")
