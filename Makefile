@@ -1,10 +1,11 @@
 # Two commands on a fresh machine: `make demo` (the main job) and `make test`. Each sets up what it needs in .venv.
 PYTHON ?= python3
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cuda/*)
 
-.PHONY: demo test test-fast lint docs bench gpu-check pairs clean
+.PHONY: demo test test-fast lint docs bench gpu-check wheels notebook pairs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/entropy-po demo
@@ -32,6 +33,23 @@ bench: $(VENV)/dev.stamp
 # what only a GPU can show, with the Python that has torch and triton (PYTHON=...); says so and passes where there is none
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
+
+# A source distribution and, made from it, a wheel for each Python of PYTHONS that runs here, tagged by the C library that it
+# needs. OpenMP's runtime is not put in: torch brings it, and a second one would have threads of its own.
+wheels: $(VENV)/dev.stamp
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --sdist > /dev/null
+	mkdir -p build/wheels
+	tar -xf dist/*.tar.gz -C build/wheels --strip-components=1
+	for python in $(PYTHONS); do \
+	  $$python -c "" 2> /dev/null || { echo "no $$python here"; continue; }; \
+	  $$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels/dist build/wheels || exit 1; \
+	done
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheels/dist/*.whl
+
+# runs examples/tour.py as a notebook and keeps what it prints and draws
+notebook: $(VENV)/notebook.stamp
+	$(BIN)/jupytext --quiet --to ipynb --set-kernel python3 --run-path . --output examples/tour.ipynb examples/tour.py
 
 # samples the model again and rewrites the committed preference pairs
 pairs: $(VENV)/demo.stamp

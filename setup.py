@@ -9,6 +9,7 @@ statically: the module imports where there is no driver. ENTROPY_PO_CUDA=1 makes
 =0 leaves them out.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -59,6 +60,14 @@ def static_runtime(nvcc: str) -> Path | None:
     return next((path for folder in folders if (path := Path(folder, "libcudart_static.a")).exists()), None)
 
 
+def digest_of_cuda(nvcc: str, flags: list[str]) -> str:
+    version = subprocess.run([nvcc, "--version"], capture_output=True).stdout
+    digest = hashlib.sha256(version + repr((nvcc, NVCC_FLAGS, flags)).encode())
+    for path in sorted(Path("csrc").rglob("*.*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class BuildWithCuda(build_ext):
     def build_extension(self, ext) -> None:
         wanted = os.environ.get("ENTROPY_PO_CUDA", "")
@@ -80,15 +89,22 @@ class BuildWithCuda(build_ext):
         runtime = static_runtime(nvcc)
         if not flags or runtime is None:
             return f"{nvcc} is too old" if not flags else f"{nvcc} has no libcudart_static.a"
-        folder = Path(self.build_temp, "cuda")
+        # Minutes of work that knows no Python: the objects lie under the digest of all that they are made from, and the
+        # wheels of several interpreters share them.
+        folder = Path("build", "cuda", digest_of_cuda(nvcc, flags))
         folder.mkdir(parents=True, exist_ok=True)
 
         def compile_one(stem: str) -> subprocess.CompletedProcess:
-            command = [nvcc, *NVCC_FLAGS, *flags, "-c", f"csrc/cuda/{stem}.cu", "-o", str(folder / f"{stem}.o")]
-            return subprocess.run(command, capture_output=True, text=True)
+            made, unfinished = folder / f"{stem}.o", folder / f"{stem}.unfinished.o"
+            command = [nvcc, *NVCC_FLAGS, *flags, "-c", f"csrc/cuda/{stem}.cu", "-o", str(unfinished)]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode == 0:
+                unfinished.replace(made)
+            return run
 
+        missing = [stem for stem in CUDA_SOURCES if not (folder / f"{stem}.o").exists()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            runs = list(pool.map(compile_one, CUDA_SOURCES))
+            runs = list(pool.map(compile_one, missing))
         print(*(run.stdout + run.stderr for run in runs), sep="")
         if any(run.returncode for run in runs):
             return "nvcc failed"

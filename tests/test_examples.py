@@ -1,5 +1,6 @@
 """The examples run as they are, and do what their first lines say."""
 
+import json
 import re
 import runpy
 import sys
@@ -55,3 +56,35 @@ def test_lightning(capfd, monkeypatch):
     pytest.importorskip("lightning")
     losses = numbers(run("lightning_hdpo.py", capfd, monkeypatch), "loss")
     assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_tour(capfd, monkeypatch, tmp_path):
+    """The four things it shows: less memory, less error, the formula's loss, and alpha moving entropy as it should."""
+    pytest.importorskip("matplotlib").use("Agg")
+    out = run("tour.py", capfd, monkeypatch, "--quick", "--output", str(tmp_path))
+    *_, eager, ours = re.search(r"1,024 +(\d+) +(\d+) +(\d+)", out).groups()
+    assert int(ours) < int(eager) / 2
+    assert max(float(e) for e in re.findall(r"entropy_po .* error (\S+) nat in log-probs, (\S+) nat", out)[0]) < 1e-5
+    loss, exact = re.search(r"loss (\S+), by the formula in fp64 (\S+);", out).groups()
+    assert float(loss) == pytest.approx(float(exact), abs=2e-6)
+    assert all(float(error) < 1e-5 for error in re.findall(r"relative error (\S+)", out))
+    (sharp, _), (dpo, _), (flat, _) = found = [
+        (float(learnt), float(exact)) for learnt, exact in re.findall(r"-> (\S+) nat, closed form (\S+);", out)
+    ]
+    assert sharp < dpo < flat and all(learnt == pytest.approx(exact, abs=0.6) for learnt, exact in found)
+    assert {path.name for path in tmp_path.iterdir()} == {"memory.png", "operator.png", "alpha.png"}
+
+
+def test_tour_needs_no_matplotlib(capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert "seconds in all" in run("tour.py", capfd, monkeypatch, "--quick")
+
+
+def test_the_notebook_is_the_tour():
+    jupytext = pytest.importorskip("jupytext")
+    cells = jupytext.read(EXAMPLES / "tour.py").cells
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
+    assert ["".join(cell["source"]) for cell in notebook["cells"]] == [cell.source for cell in cells], "make notebook"
+    errors = [o for cell in notebook["cells"] for o in cell.get("outputs", ()) if o["output_type"] == "error"]
+    pictures = [o for cell in notebook["cells"] for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})]
+    assert not errors and len(pictures) == 3

