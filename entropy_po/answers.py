@@ -33,8 +33,9 @@ class Answers(NamedTuple):
         sequence, position = answered.nonzero(as_tuple=True)
         hidden, aux_loss = backbone_hidden_states(model, batch["input_ids"], batch["attention_mask"], **inputs)
         lengths = answered.sum(1).cpu()
+        weight = getattr(output_layer(model), "weight", hidden)  # without one, `head_of` will say so
         return cls(
-            hidden[sequence, position].to(output_layer(model).weight.dtype),
+            hidden[sequence, position].to(weight.dtype),
             labels[sequence, position],
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
             model,

@@ -21,6 +21,7 @@ from torch import Tensor
 from entropy_po import __version__, reference, tiles
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.token_stats import token_stats
+from entropy_po.tiles import BackendName
 from entropy_po.types import TokenStats, Transform
 
 RELATED = (
@@ -68,7 +69,7 @@ def describe() -> dict[str, Any]:
             return default
 
     core = ask(tiles.compiled_core)
-    reasons = {b.value: ask(lambda b=b: tiles.unavailable_reason(b), "see problems") for b in tiles.Backend}
+    reasons = {b.value: ask(partial(tiles.unavailable_reason, b), "see problems") for b in tiles.Backend}
     return {
         "entropy_po": __version__,
         "install": ask(_install, {}),
@@ -115,7 +116,7 @@ def self_check() -> list[dict[str, Any]]:
     labels = torch.randint(vocab, (64,), generator=generator)
     labels[::7] = -100
 
-    def head(x: Tensor, y: Tensor, backend: str) -> TokenStats:
+    def head(x: Tensor, y: Tensor, backend: BackendName) -> TokenStats:
         return linear_token_stats(x, weight.to(x.device), y, backend=backend)
 
     def exact(logits: Tensor, y: Tensor) -> TokenStats:
@@ -150,11 +151,11 @@ def self_check() -> list[dict[str, Any]]:
     return checks
 
 
-def _with_gradient(function: Callable, x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+def _with_gradient(function: Callable[[Tensor, Tensor], TokenStats], x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     x = x.clone().requires_grad_()
     stats = function(x, labels)
-    (stats.logps.sum() - 0.5 * stats.entropy.sum()).backward()
-    return stats.logps.detach(), stats.entropy.detach(), x.grad
+    (gradient,) = torch.autograd.grad(stats.logps.sum() - 0.5 * stats.entropy.sum(), x)
+    return stats.logps.detach(), stats.entropy.detach(), gradient
 
 
 def _one_line(error: Exception) -> str:
@@ -172,7 +173,7 @@ def _install() -> dict[str, str | None]:
         found = None
     if found is not None:
         origin = json.loads(found.read_text("direct_url.json") or "{}")
-        if Path(found.locate_file("entropy_po")).resolve() == package and (wheel := found.read_text("WHEEL")):
+        if Path(str(found.locate_file("entropy_po"))).resolve() == package and (wheel := found.read_text("WHEEL")):
             facts["kind"] = "wheel"
             facts["tag"] = ", ".join(re.findall(r"^Tag: (\S+)", wheel, re.MULTILINE))
             facts["commit"] = origin.get("vcs_info", {}).get("commit_id")

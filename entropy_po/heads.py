@@ -87,10 +87,12 @@ def head_of(model: nn.Module) -> Head:
 
 def output_layer(model: nn.Module) -> nn.Module:
     """The module of the head that is in use, under PEFT with `modules_to_save` the trained copy or the original one."""
-    module = _head_module(model)
+    module: Any = _head_module(model)
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        return module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapters[0]]
-    return module
+        copies = module.modules_to_save
+        module = module.original_module if module.disable_adapters else copies[module.active_adapters[0]]
+    used: nn.Module = module
+    return used
 
 
 def with_head(model: nn.Module, call: Callable[[Head, Tensor], Any], hidden_states: Tensor) -> Any:
