@@ -1,6 +1,7 @@
 """What tests/test_hostile.py does to the operators, done to what a training run is given: its arguments, rows and files."""
 
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 from hostile import NAN, STRANGE_NUMBERS, STRANGE_WORDS, complaints
@@ -76,8 +77,9 @@ def test_an_argument_is_refused_by_name_or_kept(config, field, tmp_path):
             # a method of another name has other arguments, one of which is then the surplus one
             problems += complaints(what, error, [field.name] + ["method"] * (field.name in ("method", "lam", "mu")))
             continue
-        sane = TEXT if str in (field.type, *getattr(field.type, "__args__", ())) else SANE
-        flag = field.type is bool and value is True
+        hint = get_type_hints(config)[field.name]
+        sane = TEXT if hint is str or str in get_args(hint) else SANE
+        flag = hint is bool and value is True
         ratios = field.name in ("reward_weights", "reward_funcs", "lora_target_modules") and isinstance(value, list)
         if not (what in sane or value is None or flag or ratios):
             problems.append(f"{what}: accepted")

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import ClassVar, get_args, get_origin
+from typing import ClassVar, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -50,10 +50,10 @@ _TRANSFORMERS_OWN = {argument.name for argument in fields(TrainingArguments)}
 def _is_a(value, kind) -> bool:
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is_a(x, get_args(kind)[0]) for x in value)
-    if kind in (int, float) and not isinstance(value, bool):
-        number = Integral if kind is int else Real
-        return isinstance(value, number) and abs(value) <= sys.float_info.max
-    return isinstance(value, kind) and kind is not int
+    if kind in (int, float):
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return number and abs(value if isinstance(value, int) else float(value)) <= sys.float_info.max
+    return isinstance(value, kind)
 
 
 def _arg(default, text: str):
@@ -132,12 +132,13 @@ class TrainingConfig(TrainingArguments):
 
     def _check_types(self) -> None:
         """Of what this package adds; transformers looks at its own. A file or a program may hold anything."""
-        for argument in fields(self):
-            if argument.name not in _TRANSFORMERS_OWN:
-                value, kinds = getattr(self, argument.name), get_args(argument.type) or (argument.type,)
-                if not any(_is_a(value, kind) for kind in kinds):
-                    names = " or ".join(_KINDS[kind] for kind in kinds)
-                    raise ValueError(f"{argument.name} must be {names}, got {reprlib.repr(value)}.")
+        hints = get_type_hints(type(self))  # HfArgumentParser rewrites the types of fields()
+        for name in (argument.name for argument in fields(self) if argument.name not in _TRANSFORMERS_OWN):
+            value, hint = getattr(self, name), hints[name]
+            kinds = (hint,) if hint in _KINDS else get_args(hint)
+            if not any(_is_a(value, kind) for kind in kinds):
+                names = " or ".join(_KINDS[kind] for kind in kinds)
+                raise ValueError(f"{name} must be {names}, got {reprlib.repr(value)}.")
 
     def _check_method(self) -> None:
         choice("method", self.method, tuple(self.methods))
