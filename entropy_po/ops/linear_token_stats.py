@@ -80,7 +80,8 @@ def linear_token_stats(
 
     Numerics:
         Tile values and sums are fp32 whatever the operands are. With bf16 operands the tile's gradient is rounded to
-        bf16 once, for the two products that follow.
+        bf16 once, for the two products that follow. On a CPU under torch.use_deterministic_algorithms, a row's values have
+        the same bits in any batch.
 
     Example:
         >>> hidden, head = torch.randn(6, 16, requires_grad=True), torch.nn.Linear(16, 50, bias=False)
