@@ -4,6 +4,7 @@
 """
 
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_po.objective import EntropyObjective, _check_shape, _non_negative, _real
+from entropy_po.arguments import at_least_fp32, non_negative, positive, real, same_shape, whole
+from entropy_po.objective import EntropyObjective
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +75,9 @@ def solve_dual(
     Source: arXiv 2602.15894.
     """
     r, log_ref = _checked_outcomes(rewards, ref_logps)
-    min_reward = _real("min_reward", min_reward, "pass the expected reward to reach")
+    min_reward = real("min_reward", min_reward, "pass the expected reward to reach")
     if max_kl is not None:
-        max_kl = _non_negative("max_kl", max_kl, "pass the KL budget in nats, or None for no budget")
+        max_kl = non_negative("max_kl", max_kl, "pass the KL budget in nats, or None for no budget")
         if log_ref is None:
             raise ValueError("ref_logps must be given with max_kl, got None; pass log ref [Y] or max_kl=None")
     keep = torch.ones_like(r, dtype=torch.bool) if max_kl is None or log_ref is None else ~torch.isneginf(log_ref)
@@ -165,12 +167,12 @@ def _kl(logp: Tensor, log_ref: Tensor) -> float:
 
 
 def _checked_outcomes(rewards: Tensor, ref_logps: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    r = rewards.detach().to("cpu", torch.float64)
+    r = at_least_fp32("rewards", rewards).detach().to("cpu", torch.float64)
     if r.dim() != 1 or r.numel() == 0 or not bool(r.isfinite().all()):
         raise ValueError(f"rewards must be a non-empty [Y] of finite numbers, got shape {tuple(r.shape)}; check it")
     if ref_logps is None:
         return r, None
-    _check_shape("ref_logps", ref_logps, rewards, "rewards")
+    same_shape("ref_logps", ref_logps, rewards, "rewards")
     log_ref = ref_logps.detach().to("cpu", torch.float64)
     total = float(torch.logsumexp(log_ref, dim=0))
     if not abs(total) <= 1e-4:  # also catches NaN and a reference that is -inf throughout
@@ -236,11 +238,18 @@ class DualAscent:
     smoothed: tuple[float, float | None] | None = None  # reward and KL
 
     def __post_init__(self) -> None:
-        self.lam = _real("lam", self.lam, "it multiplies the reward constraint", above=0.0, rule=" > 0")
-        self.mu = _non_negative("mu", self.mu, "it multiplies the KL constraint")
-        self.horizon = _non_negative("horizon", self.horizon, "it counts updates, 0 for a policy that follows at once")
-        if self.max_kl is not None and not self.max_kl > 0:
-            raise ValueError(f"max_kl must be a finite number > 0, got {self.max_kl!r}; it is a budget in nats")
+        self.lam = positive("lam", self.lam, "it multiplies the reward constraint")
+        self.mu = non_negative("mu", self.mu, "it multiplies the KL constraint")
+        self.horizon = non_negative("horizon", self.horizon, "it counts updates, 0 for a policy that follows at once")
+        if self.min_reward is not None:
+            self.min_reward = real("min_reward", self.min_reward, "it is the mean reward to reach")
+        if self.max_kl is not None:
+            self.max_kl = positive("max_kl", self.max_kl, "it is a budget in nats")
+        for name in ("lam_step", "mu_step", "tolerance"):
+            setattr(self, name, non_negative(name, getattr(self, name), "0 holds still"))
+        whole("warmup", self.warmup, 0, "it counts updates")
+        whole("window", self.window, 1, "it counts updates")
+        self.lam_bounds, self.mu_bounds = _bounds("lam_bounds", self.lam_bounds), _bounds("mu_bounds", self.mu_bounds)
         for name, value, (low, high) in (("lam", self.lam, self.lam_bounds), ("mu", self.mu, self.mu_bounds)):
             if not low <= value <= high:
                 raise ValueError(f"{name}={value:g} must lie within its bounds, {low:g} to {high:g}; move it or them")
@@ -256,9 +265,9 @@ class DualAscent:
         Raises:
             ValueError: a mean that is not finite, or no kl while `max_kl` is set.
         """
-        reward = _real("reward", reward, "check the reward functions")
+        reward = real("reward", reward, "check the reward functions")
         if self.max_kl is not None:
-            kl = _real("kl", math.nan if kl is None else kl, "check the policy's and the reference's log-probs")
+            kl = real("kl", math.nan if kl is None else kl, "check the policy's and the reference's log-probs")
         kl = None if self.max_kl is None else kl
         self.updates += 1
         last_reward, last_kl = self.smoothed or (reward, kl)
@@ -347,6 +356,13 @@ class DualAscent:
         self.lam, self.mu, self.updates = state["lam"], state["mu"], state["updates"]
         self.recent = [tuple(row) for row in state["recent"]]
         self.smoothed = None if state["smoothed"] is None else tuple(state["smoothed"])
+
+
+def _bounds(name: str, bounds: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"{name} must be (lowest, highest), got {reprlib.repr(bounds)}; give two numbers")
+    low, high = (non_negative(name, bound, "give (lowest, highest)") for bound in bounds)
+    return low, high
 
 
 def _exp(exponent: float) -> float:

@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 
+from entropy_po.arguments import whole
 from entropy_po.plan import plan_sequences
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -90,20 +91,20 @@ def forecast(
         trained: whether the head is.
         workspace_bytes: as in the operator.
     Raises:
-        ValueError: a number below 1, or groups that do not divide the GPUs.
+        ValueError: a number that is not whole or below 1, or groups that do not divide the GPUs.
     """
     numbers = {"vocab": vocab, "hidden": hidden, "tokens": tokens, "gpus": gpus, "workspace_bytes": workspace_bytes}
+    numbers |= {
+        name: ranks
+        for name, ranks in (("vocab_ranks", vocab_ranks), ("sequence_ranks", sequence_ranks))
+        if ranks is not None
+    }
     for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1.")
+        whole(name, number, 1, "it is counted")
     p = min(gpus, rates.node_gpus) if vocab_ranks is None else vocab_ranks
-    q = (
-        math.gcd(gpus // max(p, 1), 2 ** int(math.log2(max(tokens // 8192, 1))))
-        if sequence_ranks is None
-        else sequence_ranks
-    )
-    if p < 1 or q < 1 or gpus % (p * q):
-        raise ValueError(f"{p} vocabulary x {q} sequence ranks must be at least 1 each and divide the {gpus} GPUs.")
+    q = math.gcd(gpus // p, 2 ** int(math.log2(max(tokens // 8192, 1)))) if sequence_ranks is None else sequence_ranks
+    if gpus % (p * q):
+        raise ValueError(f"{p} vocabulary x {q} sequence ranks must divide the {gpus} GPUs.")
     n, v, d = math.ceil(tokens / q), math.ceil(vocab / p), hidden
     plan = plan_sequences(
         [n - n // 2, n // 2], v, d, coupled=2, element=4, trained=trained, workspace_bytes=workspace_bytes, can_defer=True,

@@ -11,16 +11,14 @@ Log-probabilities are sums over a response's tokens, never length-normalised. No
 Sources: arXiv 2411.07595 (H-DPO), arXiv 2602.15894 (QEMPO, QEMPO-KL).
 """
 
-import math
-import reprlib
-from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from entropy_po.arguments import at_least_fp32, non_negative, positive, same_shape
 
 PairLoss = Literal["sigmoid", "robust", "ipo", "hinge"]
 LOSSES: tuple[str, ...] = get_args(PairLoss)
@@ -56,8 +54,8 @@ class EntropyObjective:
     ref_coef: float
 
     def __post_init__(self) -> None:
-        a = _positive("policy_coef", self.policy_coef, "it weighs log pi: alpha * beta in H-DPO, 1 / lam in QEMPO")
-        b = _non_negative("ref_coef", self.ref_coef, "it weighs log ref: beta in DPO, 0 for no reference")
+        a = positive("policy_coef", self.policy_coef, "it weighs log pi: alpha * beta in H-DPO, 1 / lam in QEMPO")
+        b = non_negative("ref_coef", self.ref_coef, "it weighs log ref: beta in DPO, 0 for no reference")
         object.__setattr__(self, "policy_coef", a)
         object.__setattr__(self, "ref_coef", b)
 
@@ -69,26 +67,26 @@ class EntropyObjective:
     @classmethod
     def hdpo(cls, beta: float, alpha: float) -> "EntropyObjective":
         """H-DPO: a = alpha * beta, b = beta, both > 0. alpha < 1 sharpens the policy, alpha > 1 flattens it."""
-        beta = _positive("beta", beta, "DPO often uses 0.01 to 0.5; for no reference use EntropyObjective.qempo")
-        alpha = _positive("alpha", alpha, "1 is DPO, below 1 sharpens, above 1 flattens")
+        beta = positive("beta", beta, "DPO often uses 0.01 to 0.5; for no reference use EntropyObjective.qempo")
+        alpha = positive("alpha", alpha, "1 is DPO, below 1 sharpens, above 1 flattens")
         return cls(alpha * beta, beta)
 
     @classmethod
     def spl(cls, alpha_s: float, beta_s: float) -> "EntropyObjective":
         """Soft preference learning: a = alpha_s > 0 on the entropy, b = beta_s >= 0 on the cross-entropy."""
-        alpha_s = _positive("alpha_s", alpha_s, "it weighs the entropy")
-        return cls(alpha_s, _non_negative("beta_s", beta_s, "it weighs the cross-entropy to the reference"))
+        alpha_s = positive("alpha_s", alpha_s, "it weighs the entropy")
+        return cls(alpha_s, non_negative("beta_s", beta_s, "it weighs the cross-entropy to the reference"))
 
     @classmethod
     def qempo(cls, lam: float) -> "EntropyObjective":
         """QEMPO: a = 1 / lam, b = 0, where lam > 0 is the multiplier of the reward constraint."""
-        return cls(1.0 / _positive("lam", lam, "it multiplies the reward constraint"), 0.0)
+        return cls(1.0 / positive("lam", lam, "it multiplies the reward constraint"), 0.0)
 
     @classmethod
     def qempo_kl(cls, lam: float, mu: float) -> "EntropyObjective":
         """QEMPO-KL: a = (1 + mu) / lam, b = mu / lam; lam > 0 multiplies the reward constraint, mu >= 0 the KL one."""
-        lam = _positive("lam", lam, "it multiplies the reward constraint")
-        mu = _non_negative("mu", mu, "it multiplies the KL constraint; 0 is QEMPO")
+        lam = positive("lam", lam, "it multiplies the reward constraint")
+        mu = non_negative("mu", mu, "it multiplies the KL constraint; 0 is QEMPO")
         return cls((1.0 + mu) / lam, mu / lam)
 
     @property
@@ -121,8 +119,10 @@ class EntropyObjective:
 
         Source: arXiv 2411.07595, the H-DPO loss; theory in the module docstring.
         """
-        _check_shape("rejected_logps", rejected_logps, chosen_logps, "chosen_logps")
-        z = self.policy_coef * (_at_least_fp32(chosen_logps) - _at_least_fp32(rejected_logps))
+        same_shape("rejected_logps", rejected_logps, chosen_logps, "chosen_logps")
+        z = self.policy_coef * (
+            at_least_fp32("chosen_logps", chosen_logps) - at_least_fp32("rejected_logps", rejected_logps)
+        )
         if not self.needs_reference:
             return z
         ref_w = self._reference("ref_chosen_logps", ref_chosen_logps, chosen_logps, "chosen_logps")
@@ -175,7 +175,7 @@ class EntropyObjective:
             (tensor([0.6931]), tensor([-0.5000]))
         """
         eps = check_smoothing(loss, label_smoothing)
-        z = _at_least_fp32(margin)
+        z = at_least_fp32("margin", margin)
         if loss == "sigmoid":
             value = -(1 - eps) * F.logsigmoid(z) - eps * F.logsigmoid(-z)
             return value, eps * torch.sigmoid(z) - (1 - eps) * torch.sigmoid(-z)
@@ -202,7 +202,7 @@ class EntropyObjective:
             >>> EntropyObjective.qempo(lam=10.0).implicit_reward(torch.tensor([-20.0]))
             tensor([-2.])
         """
-        reward = self.policy_coef * _at_least_fp32(logps)
+        reward = self.policy_coef * at_least_fp32("logps", logps)
         if not self.needs_reference:
             return reward
         return reward - self.ref_coef * self._reference("ref_logps", ref_logps, logps, "logps")
@@ -223,8 +223,8 @@ class EntropyObjective:
             >>> EntropyObjective.qempo(lam=100.0).shaped_reward(torch.tensor([1.0]), torch.tensor([-210.0]))
             tensor([3.1000])
         """
-        _check_shape("logps", logps, rewards, "rewards")
-        return (_at_least_fp32(rewards) - self.implicit_reward(logps, ref_logps)).detach()
+        same_shape("logps", logps, rewards, "rewards")
+        return (at_least_fp32("rewards", rewards) - self.implicit_reward(logps, ref_logps)).detach()
 
     def optimal_policy(self, rewards: Tensor, ref_logps: Tensor | None = None) -> Tensor:
         """Log-probs of the closed-form optimum on a finite outcome space: ref^(b/a) * exp(r/a) / Z.
@@ -240,15 +240,16 @@ class EntropyObjective:
             >>> EntropyObjective.qempo(lam=1.0).optimal_policy(torch.tensor([0.0, 0.0])).exp()
             tensor([0.5000, 0.5000])
         """
-        scores = _at_least_fp32(rewards)
+        scores = at_least_fp32("rewards", rewards)
         if self.needs_reference:
-            if ref_logps is not None and ref_logps.shape == rewards.shape[-1:]:
-                ref_logps = ref_logps.expand_as(rewards)
+            if isinstance(ref_logps, Tensor) and ref_logps.shape == rewards.shape[-1:]:
+                ref_logps = at_least_fp32("ref_logps", ref_logps).expand_as(rewards)
             ref = self._reference("ref_logps", ref_logps, rewards, "rewards")
             if bool(torch.isneginf(ref).all(-1).any()):
                 raise ValueError("ref_logps must support some outcome, got a row of -inf; drop that row")
             scores = scores + self.ref_coef * ref
-        return torch.log_softmax(scores / self.policy_coef, dim=-1)
+        # differences first: their quotients may leave the range of fp32 where the scores' own would too
+        return torch.log_softmax((scores - scores.detach().amax(-1, keepdim=True)) / self.policy_coef, dim=-1)
 
     def _reference(self, name: str, ref_logps: Tensor | None, like: Tensor, like_name: str) -> Tensor:
         if ref_logps is None:
@@ -256,45 +257,17 @@ class EntropyObjective:
                 f"{name} must be given when ref_coef > 0, got None with ref_coef={self.ref_coef:g}; "
                 f"pass the reference's log-probs or use an objective with ref_coef=0 such as EntropyObjective.qempo"
             )
-        _check_shape(name, ref_logps, like, like_name)
-        return _at_least_fp32(ref_logps)
+        same_shape(name, ref_logps, like, like_name)
+        return at_least_fp32(name, ref_logps)
 
 
 def check_smoothing(loss: str, label_smoothing: float) -> float:
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}; pick one of these")
-    eps = _non_negative("label_smoothing", label_smoothing, "it is the share of labels taken as flipped, 0 for none")
+    eps = non_negative("label_smoothing", label_smoothing, "it is the share of labels taken as flipped, 0 for none")
     if loss in ("ipo", "hinge") and eps != 0:
         raise ValueError(f"label_smoothing must be 0 for loss={loss!r}, got {eps:g}; use loss='sigmoid' or 'robust'")
     if eps > 0.5 or (loss == "robust" and eps == 0.5):
         limit = "below 0.5" if loss == "robust" else "at most 0.5"
         raise ValueError(f"label_smoothing must be {limit} for loss={loss!r}, got {eps:g}; swap mislabelled pairs")
     return eps
-
-
-def _check_shape(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
-    # Equal, not broadcastable: [B] with [B, 1] would pair every response with every other.
-    if tensor.shape != like.shape:
-        raise ValueError(
-            f"{name} must have the shape of {like_name} {tuple(like.shape)}, got {tuple(tensor.shape)}; reshape it"
-        )
-
-
-def _real(name: str, value: float, remedy: str, above: float = -math.inf, rule: str = "") -> float:
-    """The value as a float if it is finite and > above."""
-    if isinstance(value, Real) and above < value < math.inf:
-        with suppress(OverflowError):  # an int that no float holds
-            return float(value)
-    raise ValueError(f"{name} must be a finite number{rule}, got {reprlib.repr(value)}; {remedy}")
-
-
-def _positive(name: str, value: float, remedy: str) -> float:
-    return _real(name, value, remedy, above=0.0, rule=" > 0")
-
-
-def _non_negative(name: str, value: float, remedy: str) -> float:
-    return _real(name, value, remedy, above=-math.ulp(0.0), rule=" >= 0")
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -19,6 +19,7 @@ answers to the prompt. Nothing here has a vocabulary axis.
 import torch
 from torch import Tensor
 
+from entropy_po.arguments import at_least_fp32, non_negative, same_shape
 from entropy_po.objective import EntropyObjective
 
 
@@ -35,7 +36,8 @@ def leave_one_out(values: Tensor) -> Tensor:
         >>> leave_one_out(torch.tensor([[3.0, 0.0, 0.0]]))
         tensor([[ 3.0000, -1.5000, -1.5000]])
     """
-    size = values.shape[1]
+    values = at_least_fp32("values", values)
+    size = values.shape[1] if values.dim() > 1 else 1
     if size < 2:
         raise ValueError(f"values has groups of {size}; a baseline needs 2 answers or more to each prompt.")
     return (values - values.mean(1, keepdim=True)) * (size / (size - 1))
@@ -70,7 +72,12 @@ def token_advantages(
     Raises:
         ValueError: `ref_logps` is missing while b > 0; or as `leave_one_out`.
     """
-    to_go = rewards[..., None]
+    to_go = at_least_fp32("rewards", rewards)[..., None]
+    for name, values in (("entropy", entropy), ("ref_logps", ref_logps if objective.needs_reference else None)):
+        if values is not None and (at_least_fp32(name, values).dim(), values.shape[:2]) != (3, rewards.shape):
+            raise ValueError(
+                f"{name} must be [B, G, T] for rewards {tuple(rewards.shape)}, got {tuple(values.shape)}; reshape it."
+            )
     if entropy is not None:
         to_go = to_go + objective.policy_coef * (_from_here_on(entropy) - entropy)
     if objective.needs_reference:
@@ -95,10 +102,17 @@ def clipped_surrogate(
         epsilon, epsilon_high: how far down and up a ratio may go before its gradient stops.
     Returns:
         (surrogate, bool where the clip stops the gradient), the shape of `logps`.
+    Raises:
+        ValueError: shapes that differ, or an epsilon that is not >= 0.
 
     Source: arXiv 1707.06347; a larger upper bound: arXiv 2503.14476.
     """
-    ratio = (logps - old_logps).exp()
+    same_shape("old_logps", old_logps, logps, "logps")
+    same_shape("advantages", advantages, logps, "logps")
+    most = torch.finfo(torch.float32).max  # of any ratio
+    epsilon = min(non_negative("epsilon", epsilon, "0.2 is usual"), most)
+    epsilon_high = min(non_negative("epsilon_high", epsilon_high, "it is epsilon where nothing else was chosen"), most)
+    ratio = (at_least_fp32("logps", logps) - old_logps).exp()
     whole, clipped = ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages
     return torch.minimum(whole, clipped), (clipped < whole).detach()
 

@@ -67,7 +67,7 @@ FAULTS = [
     Fault("sign of the reference in the margin", OBJECTIVE, "return z - self.ref_coef * (ref_w - ref_l)", "return z + self.ref_coef * (ref_w - ref_l)", "test_objective.py::test_margin_and_loss_match_the_printed_vectors"),
     Fault("label smoothing is missing from the slope", OBJECTIVE, "return value, eps * torch.sigmoid(z) - (1 - eps) * torch.sigmoid(-z)", "return value, -torch.sigmoid(-z)", "test_objective.py::test_slope_is_the_derivative_of_the_loss"),
     Fault("IPO without its coefficient", OBJECTIVE, "gap = (z - 0.5) / self.policy_coef", "gap = z - 0.5", LOSSES),
-    Fault("sign of the entropy in the shaped reward", OBJECTIVE, "_at_least_fp32(rewards) - self.implicit_reward", "_at_least_fp32(rewards) + self.implicit_reward", "test_objective.py::test_policy_gradient_of_shaped_reward_is_the_gradient_of_the_objective"),
+    Fault("sign of the entropy in the shaped reward", OBJECTIVE, 'at_least_fp32("rewards", rewards) - self.implicit', 'at_least_fp32("rewards", rewards) + self.implicit', "test_objective.py::test_policy_gradient_of_shaped_reward_is_the_gradient_of_the_objective"),
     Fault("the baseline holds the answer itself", "entropy_po/policy_gradient.py", " * (size / (size - 1))", "", "test_online.py::test_expected_gradient_is_the_objectives_over_all_answers"),
     Fault("the optimistic side of the clip", "entropy_po/policy_gradient.py", "torch.minimum(whole, clipped)", "torch.maximum(whole, clipped)", "test_online.py::test_later_steps_use_the_ratio_to_the_policy_that_sampled"),
     # gradients over tiles

@@ -116,7 +116,7 @@ def test_train_online_with_a_reward_of_the_users(online_flags, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ([], "reward_funcs is empty"),
+        ([], "reward_funcs must be one function or more"),
         (["--reward_funcs", "my_rewards:odd"], "module my_rewards has no odd"),
         (["--reward_funcs", "my_rewards:even", "--generation", "vllm"], "needs the package vllm"),
         (["--reward_funcs", "my_rewards:even", "--beta", "1"], "beta=1 is not read by method='qempo'"),

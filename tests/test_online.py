@@ -362,7 +362,7 @@ def test_rewards_are_weighed_and_see_what_trl_gives(tmp_path):
 @pytest.mark.parametrize(
     ("functions", "error", "message"),
     [
-        ([], ValueError, "reward_funcs is empty"),
+        ([], ValueError, "reward_funcs must be one function or more"),
         (["length_of"], ValueError, "no import path"),
         (["no_such_module:f"], ImportError, "no module 'no_such_module'"),
         (["json:no_such"], ImportError, "has no no_such"),

@@ -8,6 +8,8 @@ from math import comb, expm1, log1p
 import torch
 from torch import Tensor
 
+from entropy_po import arguments
+
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Different n-grams of words over all n-grams of words, pooled over the texts; 0 where there is none.
@@ -22,6 +24,8 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
 
 
 def _ngrams(texts: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    arguments.texts("texts", texts)
+    arguments.whole("n", n, 1, "it counts words")
     grams = []
     for text in texts:
         words = text.lower().split()
@@ -31,6 +35,8 @@ def _ngrams(texts: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 def distinct_n_per_prompt(answers: Sequence[Sequence[str]], n: int = 2) -> float:
     """Mean over prompts of `distinct_n` among a prompt's own answers: do they differ from one another?"""
+    if not isinstance(answers, (list, tuple)):
+        raise ValueError(f"answers must be a list of lists of texts, got {type(answers).__name__}.")
     return sum(distinct_n(texts, n) for texts in answers) / max(len(answers), 1)
 
 
@@ -52,6 +58,7 @@ def expectation_adjusted_distinct_n(texts: Sequence[str], num_types: int, n: int
     Source: arXiv 2202.13587.
     """
     grams = _ngrams(texts, n)
+    arguments.whole("num_types", num_types, 2, "take the vocabulary's size")
     expected = -num_types * expm1(len(grams) * log1p(-1.0 / num_types))
     return len(set(grams)) / expected if grams else 0.0
 
@@ -62,6 +69,7 @@ def self_bleu(texts: Sequence[str]) -> float:
     Raises:
         ValueError: fewer than two texts. ImportError: sacrebleu is not installed.
     """
+    arguments.texts("texts", texts)
     if len(texts) < 2:
         raise ValueError(f"texts must be two or more, got {len(texts)}; each is compared with the others.")
     try:
@@ -89,7 +97,8 @@ def vendi_score(embeddings: Tensor) -> float:
 
     Source: arXiv 2210.02410, with q = 1.
     """
-    eigenvalues = torch.linalg.svdvals(_unit_rows(embeddings)).square() / len(embeddings)
+    rows = _unit_rows(embeddings)
+    eigenvalues = torch.linalg.svdvals(rows).square() / len(rows)
     return float(torch.special.entr(eigenvalues).sum().exp())
 
 
@@ -104,19 +113,21 @@ def semantic_distance(embeddings: Tensor) -> float:
         >>> round(semantic_distance(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])), 4)  # of 1, 1 and 0
         0.6667
     """
-    n = len(embeddings)
+    rows = _unit_rows(embeddings)
+    n = len(rows)
     if n < 2:
         raise ValueError(f"embeddings must be of two texts or more, got {n}; each is compared with the others.")
-    similar = float(_unit_rows(embeddings).sum(0).square().sum()) - n
+    similar = float(rows.sum(0).square().sum()) - n
     return 1.0 - similar / (n * (n - 1))
 
 
 def _unit_rows(embeddings: Tensor) -> Tensor:
-    x = embeddings.double()
-    lengths = x.norm(dim=-1, keepdim=True)
-    if x.dim() != 2 or len(x) == 0 or not bool((lengths > 0).all()):
+    x = arguments.at_least_fp32("embeddings", embeddings).detach().double()
+    lengths = x.norm(dim=-1, keepdim=True) if x.dim() == 2 else x.new_zeros(1)
+    if x.dim() != 2 or len(x) == 0 or not bool(((lengths > 0) & lengths.isfinite()).all()):
         raise ValueError(
-            f"embeddings must be [n, D] with n > 0 and no row of zeros, got shape {tuple(x.shape)}; leave out what has none."
+            f"embeddings must be [n, D] with n > 0, finite and without a row of zeros, got shape {tuple(x.shape)}; leave out "
+            "what has none."
         )
     return x / lengths
 
@@ -139,6 +150,8 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
     Source: arXiv 2107.03374.
     """
+    for name, value in (("num_samples", num_samples), ("num_right", num_right), ("k", k)):
+        arguments.whole(name, value, 0, "it counts answers")
     if not (1 <= k <= num_samples and 0 <= num_right <= num_samples):
         raise ValueError(
             f"expected 1 <= k <= num_samples and 0 <= num_right <= num_samples, got {k=}, {num_samples=}, {num_right=}."
@@ -160,7 +173,8 @@ def bootstrap_interval(
     differ from prompt to prompt. Values and weights of a prompt are drawn together.
 
     Raises:
-        ValueError: no values, or weights of another number, or one that is not > 0.
+        ValueError: no values, one that is not finite, or weights of another number, or one that is not > 0; level outside
+            0 to 1, or draws below 1.
     """
     return _central(_resampled_means(values, weights, draws, seed), level)
 
@@ -183,27 +197,28 @@ def paired_interval(
     Raises:
         ValueError: as `bootstrap_interval`, or two numbers of values.
     """
-    if len(values) != len(others):
-        raise ValueError(
-            f"values and others must be as many, got {len(values)} and {len(others)}; pair them by prompt."
-        )
+    ours, theirs = len(arguments.numbers("values", values)), len(arguments.numbers("others", others))
+    if ours != theirs:
+        raise ValueError(f"values and others must be as many, got {ours} and {theirs}; pair them by prompt.")
     # The same seed draws the same prompts for both.
     means = _resampled_means(values, weights, draws, seed) - _resampled_means(others, other_weights, draws, seed)
     return _central(means, level)
 
 
 def _resampled_means(values: Sequence[float], weights: Sequence[float] | None, draws: int, seed: int) -> Tensor:
-    x = torch.as_tensor(values, dtype=torch.float64)
-    w = torch.ones_like(x) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-    if len(x) == 0 or w.shape != x.shape or not bool((w > 0).all()):
-        raise ValueError(
-            f"expected one value or more, and as many weights, all > 0; got {len(x)} values, {len(w)} weights."
-        )
+    x = arguments.numbers("values", values)
+    w = torch.ones_like(x) if weights is None else arguments.numbers("weights", weights)
+    if w.shape != x.shape or not bool((w > 0).all()):
+        raise ValueError(f"weights must be as many as values and all > 0; got {len(w)} for {len(x)} values.")
+    draws = arguments.whole("draws", draws, 1, "2000 gives two digits of an interval")
+    seed = arguments.whole("seed", seed, 0, "any will do")
     chosen = torch.randint(len(x), (draws, len(x)), generator=torch.Generator().manual_seed(seed))
     return (x * w)[chosen].sum(1) / w[chosen].sum(1)
 
 
 def _central(means: Tensor, level: float) -> tuple[float, float]:
+    if not arguments.positive("level", level, "0.95 is usual") < 1:
+        raise ValueError(f"level must be below 1, got {level:g}; 0.95 is usual")
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(means, ends).tolist()
     return low, high

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from entropy_po.answers import answer_logps
+from entropy_po.arguments import at_least_fp32, same_shape
 from entropy_po.trainer.data import PairCollator, tokenize_pairs
 
 
@@ -39,7 +40,17 @@ def accuracy(logps: Tensor, ref_logps: Tensor | None = None) -> float:
     """Share of pairs [P, 2] whose chosen answer is ahead: by log-prob, or by its gain over `ref_logps`. A tie is half.
 
     The first asks whether the model prefers the better answer, the second whether training moved it that way.
+
+    Raises:
+        ValueError: other shapes, no pairs, or a difference that is no number.
     """
-    gain = logps if ref_logps is None else logps - ref_logps
+    gain = at_least_fp32("logps", logps)
+    if ref_logps is not None:
+        same_shape("ref_logps", ref_logps, logps, "logps")
+        gain = gain - ref_logps
+    if gain.dim() != 2 or len(gain) == 0 or gain.shape[1] != 2:
+        raise ValueError(f"logps must be [P, 2] of one pair or more, got shape {tuple(gain.shape)}.")
     margin = gain[:, 0] - gain[:, 1]
+    if bool(margin.isnan().any()):
+        raise ValueError("logps or ref_logps has a pair whose difference is no number; leave it out.")
     return ((margin > 0).double() + 0.5 * (margin == 0).double()).mean().item()

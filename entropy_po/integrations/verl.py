@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entropy_po.integrations import logits as _logits
+from entropy_po.ops.checks import check_matrix
 from entropy_po.ops.linear_token_stats import linear_token_stats
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -45,14 +46,15 @@ def linear_cross_entropy(
         >>> logps.shape
         torch.Size([6])
     """
-    if reduction.lower() not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction.lower() not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}.")
+    check_matrix("hidden", hidden, "[..., D]")
+    if isinstance(labels, Tensor):
+        labels = _logits.as_ids(labels).reshape(-1)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if dist_process_group is not None:
         hidden = _Share.apply(hidden, dist_process_group.size())
-    stats = linear_token_stats(
-        hidden, weight, labels.reshape(-1).long(), temperature=temperature, vocab_group=dist_process_group
-    )
+    stats = linear_token_stats(hidden, weight, labels, temperature=temperature, vocab_group=dist_process_group)
     logps = stats.logps if reduction.lower() == "none" else getattr(stats.logps, reduction.lower())()
     return logps, stats.entropy
 

@@ -17,10 +17,15 @@ import torch
 from torch import Tensor
 
 from entropy_po import pages
+from entropy_po.plan import slices
 from entropy_po.tiles import bf16_overlay, compiled_core
 from entropy_po.types import state_dtype
 
 _precision_lock = threading.Lock()
+
+# Of the one product that deterministic mode makes logits from: large enough to run at the library's full rate, small enough
+# to lie beside the budget, 12 MiB at D = 8192.
+BLOCK_ROWS, BLOCK_COLS = 128, 256
 
 
 @contextmanager
@@ -115,15 +120,45 @@ def _compiled_product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool
     return out
 
 
-def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.dtype) -> Tensor:
-    """hidden [n, D] @ weight [v, D].T into `out` [n, v], fp32 (fp64 for fp64). Operands come from `operand`."""
+def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """hidden [n, D] @ weight [v, D].T into `out` [n, v], fp32 (fp64 for fp64). Operands come from `operand`.
+
+    Under torch.use_deterministic_algorithms a row of `out` has the same bits on a CPU whatever n is and wherever it stands.
+    """
     if hidden.device.type != "cpu":
         options = {} if hidden.dtype == out.dtype else {"out_dtype": out.dtype}
         return torch.mm(hidden, weight.t(), out=out, **options)
-    if hidden.dtype != out.dtype:
+    if hidden.dtype != out.dtype:  # its order of sums depends on D alone
         return _compiled_product(hidden, weight.t(), out, accumulate=False)
     with _bf16_matrix_unit(model_dtype == torch.bfloat16):
+        if torch.are_deterministic_algorithms_enabled():
+            return _product_in_blocks(hidden, weight, out, scratch)
         return torch.mm(hidden, weight.t(), out=out)
+
+
+def _product_in_blocks(hidden: Tensor, weight: Tensor, out: Tensor, scratch: Scratch) -> Tensor:
+    """hidden @ weight.T from products of one shape, [BLOCK_ROWS, D] @ [D, BLOCK_COLS], whose operands end in zeros.
+
+    A matrix library chooses its kernel, and with it the order of a row's sums, by the shape, by where rows begin in memory
+    and by what is left over at an edge; here these never differ.
+    """
+    depth = -(-hidden.shape[1] // 16) * 16  # so that every row begins at a multiple of 64 bytes
+    left = scratch("left block", (BLOCK_ROWS, depth), out.dtype).zero_()
+    right = scratch("right block", (BLOCK_COLS, depth), out.dtype).zero_()
+    product = scratch("block", (BLOCK_ROWS, BLOCK_COLS), out.dtype)
+    for cols in slices(0, out.shape[1], BLOCK_COLS):
+        _fill(right, weight[cols])
+        for rows in slices(0, out.shape[0], BLOCK_ROWS):
+            _fill(left, hidden[rows])
+            torch.mm(left, right.t(), out=product)
+            out[rows, cols] = product[: rows.stop - rows.start, : cols.stop - cols.start]
+    return out
+
+
+def _fill(block: Tensor, part: Tensor) -> None:
+    """The part, then rows of zeros; the columns after the part's are zeros already."""
+    block[: len(part), : part.shape[1]] = part
+    block[len(part) :] = 0
 
 
 def gradient_tile(tile: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_po.objective import EntropyObjective, PairLoss, _non_negative, check_smoothing
+from entropy_po.arguments import non_negative
+from entropy_po.objective import EntropyObjective, PairLoss, check_smoothing
 from entropy_po.ops import checks, linear_token_stats, parallel, schema, sequences
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences, VocabSums
@@ -166,7 +167,7 @@ def linear_preference_loss(
     num_pairs = _check_pairs(cu_seqlens, objective, ref_logps, ref_hidden_states, pair_weights, hidden_states.device)
     label_smoothing = check_smoothing(loss, label_smoothing)
     check_strategy(strategy)
-    nll_coef = _non_negative("nll_coef", nll_coef, "0 for no anchor")
+    nll_coef = non_negative("nll_coef", nll_coef, "0 for no anchor")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'; `losses` holds the value of each pair.")
     if not objective.needs_reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,8 @@ schema.LIBRARY.define(
     f"linear_token_stats_backward(Tensor? grad_logps, Tensor? grad_entropy, {_INPUTS}, Tensor state, {schema.OPTIONS}, "
     "int workspace_bytes, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
+
+DETERMINISTIC_ROWS = 4 * gemm.BLOCK_ROWS  # that the budget's tiles are shaped for in deterministic mode
 
 
 def linear_token_stats(
@@ -79,7 +82,8 @@ def linear_token_stats(
 
     Numerics:
         Tile values and sums are fp32 whatever the operands are. With bf16 operands the tile's gradient is rounded to
-        bf16 once, for the two products that follow.
+        bf16 once, for the two products that follow. On a CPU under torch.use_deterministic_algorithms, a row's values have
+        the same bits in any batch.
 
     Example:
         >>> hidden, head = torch.randn(6, 16, requires_grad=True), torch.nn.Linear(16, 50, bias=False)
@@ -101,14 +105,17 @@ def linear_token_stats(
 
 
 def _plan(head: LmHead, workspace_bytes: int) -> TilePlan:
-    return plan_tiles(
-        head.num_kept,
+    # Where a row is cut shows in its last bits: deterministic mode cuts it as if it were always among as many rows.
+    rows = DETERMINISTIC_ROWS if torch.are_deterministic_algorithms_enabled() else head.num_kept
+    plan = plan_tiles(
+        rows,
         head.vocab_size,
         head.dim,
         element=head.arithmetic.itemsize,
         operand_copies=head.operand_copies,
         workspace_bytes=workspace_bytes,
     )
+    return replace(plan, n=max(head.num_kept, 1))
 
 
 def _tiles(head: LmHead, plan: TilePlan) -> Iterator[tuple[slice, slice, Operand, Operand, Tensor]]:

@@ -79,7 +79,7 @@ class LmHead:
 
     def logits(self, hidden: Operand, weight: Operand, out: Tensor) -> Tensor:
         """The tile of raw logits, fp32 whatever the operands are, ready to be folded or overwritten by its gradient."""
-        return gemm.logits_tile(hidden.multiplied, weight.multiplied, out, self.hidden.dtype)
+        return gemm.logits_tile(hidden.multiplied, weight.multiplied, out, self.hidden.dtype, self.scratch)
 
     def complete_(self, state: Tensor, rows: slice) -> None:
         """The state of those rows, once all columns that are here have been folded, becomes that of the vocabulary."""

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from entropy_po.arguments import whole
+from entropy_po.ops.checks import check_offsets
 from entropy_po.types import IfAsked, merge_states
 
 if TYPE_CHECKING:
@@ -158,9 +160,13 @@ def sequence_shard(cu_seqlens: Tensor, rank: int, size: int) -> tuple[Tensor, Te
         >>> rows.tolist(), cu_seqlens.tolist()
         ([2, 3, 6, 7, 8], [0, 2, 5])
     """
-    if not 0 <= rank < size:
+    check_offsets(cu_seqlens)
+    whole("size", size, 1, "it is that of the group")
+    if whole("rank", rank, 0, "it is one of the group's") >= size:
         raise ValueError(f"rank={rank} is not one of the size={size} ranks.")
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.long().diff()
+    if cu_seqlens[0] != 0 or bool((lengths < 0).any()):
+        raise ValueError("cu_seqlens must start with 0 and rise; its last entry is the number of rows.")
     first, last = starts + lengths * rank // size, starts + lengths * (rank + 1) // size
     rows = [torch.arange(a, b) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
     part = torch.nn.functional.pad((last - first).cumsum(0), (1, 0)).to(cu_seqlens.dtype)

@@ -23,6 +23,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from entropy_po.arguments import positive, whole
+
 LAUNCHER = Path(__file__).with_name("_launcher.py")
 MOST_OUTPUT = 4096  # bytes of the launcher's report that are read
 
@@ -51,9 +53,12 @@ def run_program(source: str, *, timeout: float = 5.0, memory_mib: int = 512, fil
         >>> run_program("assert sorted([2, 1]) == [1, 2]").reason
         'passed'
     """
-    for name, value in (("timeout", timeout), ("memory_mib", memory_mib), ("file_mib", file_mib)):
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be > 0; it limits a program that nobody has read.")
+    if not isinstance(source, str):
+        raise ValueError(f"source must be text, got {type(source).__name__}.")
+    remedy = "it limits a program that nobody has read"
+    positive("timeout", timeout, remedy)
+    for name, value in (("memory_mib", memory_mib), ("file_mib", file_mib)):
+        whole(name, value, 1, remedy)
     if not sys.platform.startswith("linux"):
         raise OSError(f"programs are run with Linux's limits on processes, and this is {sys.platform}; use Linux.")
     # Proof that the end was reached: told to the launcher alone, so that a program that leaves early, or prints a report of

@@ -4,16 +4,22 @@ import importlib.util
 import json
 import math
 import os
-from dataclasses import dataclass, field
+import reprlib
+import sys
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
 
+from entropy_po.arguments import choice, positive
 from entropy_po.dual import DualAscent
 from entropy_po.objective import LOSSES, EntropyObjective
+from entropy_po.ops.checks import check_number
 from entropy_po.plan import STRATEGIES
+from entropy_po.trainer.data import ON_OVERLONG, TRUNCATION_MODES
 
 # The arguments each method reads, with defaults; None must be given: the papers leave it to the task.
 METHODS: dict[str, dict[str, float | None]] = {
@@ -27,6 +33,28 @@ METHODS: dict[str, dict[str, float | None]] = {
 ONLINE_METHODS = {"rlhf" if name == "dpo" else name: arguments for name, arguments in METHODS.items()}
 ESTIMATORS = ("sequence", "token", "bonus")
 _COEFFICIENTS = ("beta", "alpha", "alpha_s", "beta_s", "lam", "mu")
+
+
+# What an argument's annotation admits, in words.
+_KINDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "True or False",
+    str: "text",
+    list[str]: "a list of texts",
+    list[float]: "a list of finite numbers",
+    type(None): "None",
+}
+_TRANSFORMERS_OWN = {argument.name for argument in fields(TrainingArguments)}
+
+
+def _is_a(value, kind) -> bool:
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(x, get_args(kind)[0]) for x in value)
+    if kind in (int, float):
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        return number and abs(value if isinstance(value, int) else float(value)) <= sys.float_info.max
+    return isinstance(value, kind)
 
 
 def _arg(default, text: str):
@@ -83,6 +111,7 @@ class TrainingConfig(TrainingArguments):
     remove_unused_columns: bool = _arg(False, "Unused: the trainer makes its own batches.")
 
     def __post_init__(self):
+        self._check_types()
         self._check_method()
         self._check_ranges()
         self.entropy_objective  # noqa: B018  # ranges of the coefficients, in the objective's own words
@@ -108,8 +137,18 @@ class TrainingConfig(TrainingArguments):
         coefficients = {name: getattr(self, name) for name in self.methods[self.method]}
         return getattr(EntropyObjective, "dpo" if self.method == "rlhf" else self.method)(**coefficients)
 
+    def _check_types(self) -> None:
+        """Of what this package adds; transformers looks at its own. A file or a program may hold anything."""
+        hints = get_type_hints(type(self))  # HfArgumentParser rewrites the types of fields()
+        for name in (argument.name for argument in fields(self) if argument.name not in _TRANSFORMERS_OWN):
+            value, hint = getattr(self, name), hints[name]
+            kinds = (hint,) if hint in _KINDS else get_args(hint)
+            if not any(_is_a(value, kind) for kind in kinds):
+                names = " or ".join(_KINDS[kind] for kind in kinds)
+                raise ValueError(f"{name} must be {names}, got {reprlib.repr(value)}.")
+
     def _check_method(self) -> None:
-        _check_choice("method", self.method, tuple(self.methods))
+        choice("method", self.method, tuple(self.methods))
         defaults = self.methods[self.method]
         for name in _COEFFICIENTS:
             value = getattr(self, name)
@@ -124,12 +163,19 @@ class TrainingConfig(TrainingArguments):
                 setattr(self, name, defaults[name])
 
     def _check_ranges(self) -> None:
-        _check_choice("strategy", self.strategy, STRATEGIES)
-        _check_number("temperature", self.temperature, 0, "1 leaves the logits as they are", strict=True)
+        choice("strategy", self.strategy, STRATEGIES)
+        check_number("temperature", self.temperature, "1 leaves the logits as they are")
+        if self.workspace_bytes is not None:
+            _check_number("workspace_bytes", self.workspace_bytes, 1, "leave it out for the device's default")
         if self.max_prompt_length is not None:
             _check_number("max_prompt_length", self.max_prompt_length, 1, "leave it out for no limit of its own")
         if self.lora_r is not None:
             _check_number("lora_r", self.lora_r, 1, "leave it out to train the whole model")
+        if self.lora_alpha is not None:
+            _check_number("lora_alpha", self.lora_alpha, 0, "leave it out for 2 * lora_r", strict=True)
+        _check_number("lora_dropout", self.lora_dropout, 0, "0 is none")
+        if self.lora_dropout >= 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout:g} must be below 1; it is the share that is dropped.")
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor:g} smooths token labels, which these losses have none "
@@ -159,9 +205,9 @@ class EntropyPOConfig(TrainingConfig):
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
-        _check_choice("loss", self.loss, LOSSES)
-        _check_choice("truncation_mode", self.truncation_mode, ("keep_start", "keep_end"))
-        _check_choice("on_overlong", self.on_overlong, ("error", "drop"))
+        choice("loss", self.loss, LOSSES)
+        choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        choice("on_overlong", self.on_overlong, ON_OVERLONG)
         _check_number("nll_coef", self.nll_coef, 0, "0 is the paper's loss")
         _check_number("max_length", self.max_length, 2, "it counts prompt and answer tokens")
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
@@ -195,6 +241,15 @@ class DualArguments:
         for name in ("lam_lr", "mu_lr", "dual_tolerance", "dual_warmup"):
             _check_number(name, getattr(self, name), 0, "0 holds still")
         _check_number("dual_horizon", self.dual_horizon, 0, "0 is for a policy that follows lam and mu at once")
+        if self.lam is not None:
+            positive("lam", self.lam, "it multiplies the reward constraint")
+        lam, mu = self.lam or 1.0, self.mu or 0.0
+        if self.lam_min is not None and not 0 <= self.lam_min <= lam:
+            raise ValueError(f"lam_min={self.lam_min:g} must be from 0 to lam={lam:g}, where lam starts.")
+        if self.lam_max is not None and self.lam_max < lam:
+            raise ValueError(f"lam_max={self.lam_max:g} must be at least lam={lam:g}, where lam starts.")
+        if self.mu_max < mu:
+            raise ValueError(f"mu_max={self.mu_max:g} must be at least mu={mu:g}, where mu starts.")
         if self.relative_to is not None and self.min_reward is None and self.max_kl is None:
             raise ValueError("relative_to needs min_reward, max_kl or both, which it is the origin of.")
 
@@ -222,7 +277,10 @@ class DualArguments:
             lam_step=self.lam_lr,
             mu_step=self.mu_lr,
             horizon=self.dual_horizon,
-            lam_bounds=(self.lam_min or self.lam / 1000, self.lam_max or self.lam * 1000),
+            lam_bounds=(
+                self.lam / 1000 if self.lam_min is None else self.lam_min,
+                self.lam * 1000 if self.lam_max is None else self.lam_max,
+            ),
             mu_bounds=(0.0, self.mu_max),
             warmup=self.dual_warmup,
             tolerance=self.dual_tolerance,
@@ -279,10 +337,10 @@ class OnlineConfig(DualArguments, TrainingConfig):
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
-        _check_choice("estimator", self.estimator, ESTIMATORS)
-        _check_choice("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
-        _check_choice("generation", self.generation, ("transformers", "vllm"))
-        _check_choice("strategy", self.strategy, ("auto", "resident", "recompute"))
+        choice("estimator", self.estimator, ESTIMATORS)
+        choice("importance_sampling_level", self.importance_sampling_level, ("token", "sequence"))
+        choice("generation", self.generation, ("transformers", "vllm"))
+        choice("strategy", self.strategy, ("auto", "resident", "recompute"))
         if self.importance_sampling_level == "sequence" and self.estimator != "sequence":
             raise ValueError(
                 f"importance_sampling_level='sequence' weighs whole answers, estimator={self.estimator!r} tokens; use "
@@ -294,6 +352,13 @@ class OnlineConfig(DualArguments, TrainingConfig):
         _check_number("epsilon", self.epsilon, 0, "0.2 is usual", strict=True)
         if self.epsilon_high is None:
             self.epsilon_high = self.epsilon
+        _check_number(
+            "vllm_gpu_memory_utilization", self.vllm_gpu_memory_utilization, 0, "0.3 leaves the rest", strict=True
+        )
+        if self.vllm_gpu_memory_utilization > 1:
+            raise ValueError(
+                f"vllm_gpu_memory_utilization={self.vllm_gpu_memory_utilization:g} must be at most 1; it is a share."
+            )
         _check_number("epsilon_high", self.epsilon_high, 0, "leave it out for epsilon", strict=True)
         self._check_targets()
         if self.generation_batch_size is not None:
@@ -337,11 +402,7 @@ _EXAMPLES = {
 }
 
 
-def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
-
-
 def _check_number(name: str, value, low: float, remedy: str, *, strict: bool = False) -> None:
-    if not (math.isfinite(value) and (value > low if strict else value >= low)):
-        raise ValueError(f"{name}={value} must be finite and {'>' if strict else '>='} {low}; {remedy}.")
+    in_range = isinstance(value, Real) and (low < value if strict else low <= value) and value < math.inf
+    if not in_range:
+        raise ValueError(f"{name}={reprlib.repr(value)} must be finite and {'>' if strict else '>='} {low}; {remedy}.")

@@ -12,9 +12,11 @@ A row is one pair, in any of these shapes (text stays as it is; messages go thro
 import gzip
 import json
 import re
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from entropy_po.answers import IGNORE_INDEX
+from entropy_po.arguments import choice, whole
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+TRUNCATION_MODES, ON_OVERLONG = ("keep_start", "keep_end"), ("error", "drop")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +73,10 @@ def load_rows(source, split: str = "train") -> Sequence[dict]:
     """
     name = str(source) if isinstance(source, str | Path) else "the dataset"
     rows = _open_source(source, split) if isinstance(source, str | Path) else source
+    if isinstance(rows, bytes) or not hasattr(rows, "__len__"):
+        raise ValueError(
+            f"the dataset is {type(rows).__name__}; give a path, a dataset's name, a Dataset or a list of dicts."
+        )
     if isinstance(rows, dict):
         if split not in rows:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(map(str, rows))}.")
@@ -90,14 +100,14 @@ def _open_source(source: str | Path, split: str):
         return datasets.load_from_disk(str(path))
     if path.suffix in (".json", ".parquet", ".csv") and path.is_file():
         return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
-    if not path.is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
+    named = str(source).strip() not in ("", "/")
+    if not named or (not path.is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source))):
         raise FileNotFoundError(f"{source}: no such file or folder, and no dataset's name.")  # do not ask a hub for it
     try:
         return datasets.load_dataset(str(source))
     except OSError as error:
-        raise FileNotFoundError(
-            f"{source}: neither a file nor a dataset that could be loaded ({str(error).splitlines()[0]})."
-        ) from error
+        why = str(error).partition("\n")[0]
+        raise FileNotFoundError(f"{source}: neither a file nor a dataset that could be loaded ({why}).") from error
 
 
 def _read_jsonl(path: Path) -> list[dict]:
@@ -113,6 +123,8 @@ def _read_jsonl(path: Path) -> list[dict]:
                     raise ValueError(
                         f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})."
                     ) from error
+                except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets 1,000 deep
+                    raise ValueError(f"{path}, line {number}: cannot be read as JSON ({error}).") from error
                 if not isinstance(row, dict):
                     raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}.")
                 rows.append(row)
@@ -149,9 +161,15 @@ def tokenize_pairs(
     Raises:
         ValueError: a row that is no pair, named by its number (from 0), or nothing left.
     """
+    whole("max_length", max_length, 2, "it counts prompt and answer tokens")
+    if max_prompt_length is not None:
+        whole("max_prompt_length", max_prompt_length, 1, "leave it out for no limit of its own")
+    choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
+    choice("on_overlong", on_overlong, ON_OVERLONG)
     pairs, dropped = [], 0
     for number, row in enumerate(tqdm(rows, desc="tokenizing", disable=not progress, leave=False, delay=2)):
         try:
+            _check_row(row)
             prompt_length, chosen, rejected = _token_ids(row, tokenizer)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
@@ -196,20 +214,44 @@ def tokenize_prompts(rows: Iterable[dict], tokenizer, *, max_prompt_length: int 
     """
     prompts = []
     for number, row in enumerate(rows):
-        prompt = row.get("prompt")
-        if not prompt or not isinstance(prompt, str | list):
-            raise ValueError(f"row {number}: prompt is {prompt!r}; give text or a list of messages.")
         try:
+            _check_row(row)
+            prompt = row.get("prompt")
+            if not prompt or not isinstance(prompt, str | list):
+                raise ValueError(f"prompt is {reprlib.repr(prompt)}; give text or a list of messages.")
             if isinstance(prompt, str):
                 ids = tokenizer(prompt)["input_ids"]
             else:
+                _check_messages(prompt)
                 ids = _template(tokenizer, prompt, add_generation_prompt=True)
+            if not ids:
+                raise ValueError("prompt has no tokens; give text that the tokenizer reads.")
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
         prompts.append(Prompt(row, list(ids)[-max_prompt_length:] if max_prompt_length else list(ids)))
     if not prompts:
         raise ValueError("the dataset is empty; training needs at least one row.")
     return prompts
+
+
+def _check_row(row: Any) -> None:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"it is {type(row).__name__}, not an object with columns such as prompt.")
+    for name in ("prompt", "chosen", "rejected"):
+        _check_characters(name, row.get(name))
+
+
+def _check_characters(name: str, text: Any) -> None:
+    """JSON can hold half of a surrogate pair; no tokenizer takes it."""
+    if isinstance(text, str) and _SURROGATE.search(text):
+        raise ValueError(f"{name} holds half of a surrogate pair, which is no character; repair the file.")
+
+
+def _check_messages(messages: Iterable) -> None:
+    for message in messages:
+        if not (isinstance(message, dict) and "role" in message and "content" in message):
+            raise ValueError(f'a message must have "role" and "content"; got {reprlib.repr(message)}.')
+        _check_characters("a message", message["content"])
 
 
 def _token_ids(row: dict, tokenizer) -> tuple[int, list[int], list[int]]:
@@ -250,13 +292,14 @@ def _token_ids(row: dict, tokenizer) -> tuple[int, list[int], list[int]]:
 
 def _split_messages(prompt, chosen, rejected) -> tuple[list, list, list]:
     """Prompt and answers as message lists, from any mixture of text, messages and whole transcripts."""
+    for name, value in (("prompt", prompt or ""), ("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(value, str | list):
+            raise ValueError(f"{name} has type {type(value).__name__}; give text or a list of messages.")
     answers = [
-        [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
+        [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         for answer in (chosen, rejected)
     ]
-    for message in [*(prompt if isinstance(prompt, list) else ()), *answers[0], *answers[1]]:
-        if not (isinstance(message, dict) and "role" in message and "content" in message):
-            raise ValueError('a message must have "role" and "content"; got ' + repr(message)[:80] + ".")
+    _check_messages([*(prompt if isinstance(prompt, list) else ()), *answers[0], *answers[1]])
     transcripts = all(answer[0]["role"] in ("system", "user") for answer in answers)
     if prompt and not transcripts:
         return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], answers[0], answers[1]

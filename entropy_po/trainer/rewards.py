@@ -2,10 +2,13 @@
 
 import importlib
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from entropy_po.arguments import numbers
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -29,12 +32,18 @@ class Rewards:
     def __init__(self, functions: Sequence[RewardFunction | str], weights: Sequence[float] | None = None):
         if isinstance(functions, str) or callable(functions):
             functions = [functions]
-        self.functions = [load_reward(f) if isinstance(f, str) else f for f in functions or ()]
-        if not self.functions:
-            raise ValueError("reward_funcs is empty; give at least one function, or its import path module:name.")
+        if (
+            not functions
+            or not isinstance(functions, (list, tuple))
+            or not all(isinstance(f, str) or callable(f) for f in functions)
+        ):
+            raise ValueError(
+                f"reward_funcs must be one function or more, or their import paths module:name; got {reprlib.repr(functions)}."
+            )
+        self.functions = [load_reward(f) if isinstance(f, str) else f for f in functions]
         self.names = _distinct([getattr(f, "__name__", type(f).__name__) for f in self.functions])
-        weights = [1.0] * len(self.functions) if weights is None else [float(w) for w in weights]
-        if len(weights) != len(self.functions) or not all(map(math.isfinite, weights)):
+        weights = [1.0] * len(self.functions) if weights is None else numbers("reward_weights", weights).tolist()
+        if len(weights) != len(self.functions):
             raise ValueError(
                 f"reward_weights={weights} must be {len(self.functions)} finite numbers, one per reward function."
             )
