@@ -500,7 +500,7 @@ def test_progress_bar_is_quiet(tmp_path, capfd):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 smooths token labels"),
         ({"nll_coef": -1.0}, "nll_coef=-1.0 must be finite and >= 0"),
         ({"temperature": 0.0}, "temperature=0.0 must be a finite number > 0"),
-        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("nan")}, "temperature must be a finite number, got nan"),
         ({"max_length": 1}, "max_length=1 must be"),
         ({"max_prompt_length": 2000}, "max_prompt_length=2000 leaves no room"),
         ({"truncation_mode": "middle"}, "truncation_mode='middle' is unknown"),
