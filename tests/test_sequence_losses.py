@@ -65,6 +65,10 @@ def assert_same(ours, inputs, exact, exact_inputs, upstream=1.0, slack=1):
     assert abs(ours.item() - exact.item()) <= BOUND[inputs[0].dtype] * max(abs(exact.item()), 1e-3)
     (ours * upstream).backward()
     (exact * upstream).backward()
+    if inputs[0].dtype == torch.bfloat16 and upstream not in (1.0, 2.0):
+        # Rounded in the tile, as it is kept, and once more by the factor: three units of 2^-9, the first on terms whose norm is
+        # up to 1.23 times that of their sum, so 3.23 where GRADIENT_BOUND has 2.56. Of 1500 bias gradients the worst had 2.92.
+        slack *= 1.3
     for x, truth in zip(inputs, exact_inputs, strict=True):
         oracles.assert_gradient(x.grad, truth.grad, upstream=0.1 * upstream, slack=slack)
 
