@@ -95,12 +95,12 @@ def at_label(d, s, mean_d, g_logp, g_entropy):
     """d loss / d z at the label, d = z_label - m.
 
     1 - p = -expm1(log p) keeps its digits when p rounds to 1; written without the logarithm, which GPUs approximate worst
-    near 1, it is (s - exp(d)) / s.
+    near 1, it is (s - exp(d)) / s. And p keeps its digits when it is small, which 1 + expm1(d) would not.
     """
     scale, tail = exp_parts(d)
     em1 = scale * tail + (scale - 1.0)
     one_minus_p = divide((s - 1.0) - em1, s)
-    p = divide(em1 + 1.0, s)
+    p = divide(scale * tail + scale, s)
     return tl.where(d == MINUS_INF, 0.0, g_logp * one_minus_p - g_entropy * p * (d - mean_d))
 
 

@@ -111,7 +111,8 @@ def exact_logits(call):
 
 
 def depends_on_order(call):
-    """[N] bool: a product of terms of both signs, some of whose partial sums leave the range of fp32 and some do not."""
+    """[N] bool: what the order of a product's sum decides. Terms of both signs, some of whose partial sums leave the range of fp32
+    and some do not; or two largest logits that lie closer than a sum's rounding, where that is more than a nat's."""
     rows = torch.zeros(N, dtype=torch.bool)
     for hidden, weight in (("hidden_states", "weight"), ("ref_hidden_states", "ref_weight")):
         if call.get(hidden) is not None and call[hidden].dtype != torch.float64:
@@ -120,6 +121,9 @@ def depends_on_order(call):
             above, below = terms.clamp_min(0).sum(-1), -terms.clamp_max(0).sum(-1)
             largest = torch.finfo(torch.float32).max
             rows |= ((torch.maximum(above, below) > largest) & (torch.minimum(above, below) > 0)).any(-1)
+            rounding = D * torch.finfo(torch.float32).eps * (above + below).amax(-1)
+            two = (above - below).topk(2).values
+            rows |= rounding.isfinite() & (rounding > 1e-5) & ~(two[:, 0] - two[:, 1] > rounding)
     return rows
 
 

@@ -174,6 +174,24 @@ def test_statistics_and_gradients(kernels, gen, dtype, name):
     assert torch.equal(tile, ours), "in place differs from out of place"
 
 
+def test_the_gradient_at_an_unlikely_label_keeps_its_digits(kernels, gen):
+    """The label's column has arithmetic of its own; its entropy's gradient is as small as p, and as exact."""
+    n = 8
+    tile = torch.randn(n, V, generator=gen, dtype=torch.float64).to(torch.float32).to(DEVICE)
+    tile[:, 7] += 15.0
+    labels = torch.randint(8, V, (n,), generator=gen).to(DEVICE)
+    tile[torch.arange(n), labels] = -1.0
+    labels += VOCAB_START
+    state, g_ent = folded(kernels, tile, labels, Transform()), torch.ones(n, device=DEVICE)
+    ours = gradient(kernels, tile, labels, state, None, g_ent, Transform())
+    _, truth = truth_of(tile, labels, Transform(), None, g_ent.double())
+    at_label = torch.arange(n), labels - VOCAB_START
+    error = (ours[at_label].double() - truth[at_label]).abs()
+    eps = torch.finfo(torch.float32).eps
+    # of an exponential of -16, whose argument is rounded to 16 units, and of a difference of 16 that is rounded likewise
+    assert bool((error <= 64 * eps * truth[at_label].abs()).all()), (ours[at_label], truth[at_label])
+
+
 def test_mutants_exceed_the_budget(kernels, gen):
     tile, labels = make_logits(gen, torch.float32)
     n = tile.shape[0]
