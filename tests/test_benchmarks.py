@@ -1,12 +1,13 @@
 """What the benchmarks say must be so: fp64 truth against autograd, memory against a known allocation, bars, report, CLI."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from benchmarks import bars, charts, report
-from entropy_po.bench import context
+from entropy_po.bench import context, timing
 from entropy_po.bench.command import main as bench
 from entropy_po.bench.implementations import OURS, eager_stats, implementations
 from entropy_po.bench.measure import measure
@@ -74,14 +75,22 @@ def test_products_count_what_a_method_without_logits_needs():
     assert [Case("pair", 8, 8, 8).products, Case("nll", 8, 8, 8, trained=False).products] == [3, 2]
 
 
-def test_rounds_rotate_and_ratios_are_within_a_round():
+def test_rounds_rotate_and_ratios_are_within_a_round(monkeypatch):
+    monkeypatch.setattr(timing, "READING_SECONDS", {"cpu": 0.0, "cuda": 0.0})
     order = []
     seconds = time_interleaved({name: lambda name=name: order.append(name) for name in "abc"}, 3)
-    assert order[3:] == [*"abc", *"bca", *"cab"] if not torch.cuda.is_available() else True
+    assert order[:6] == [*"aabbcc"]  # a first call, and one that tells how often to repeat it
+    assert order[6:] == [*"abc", *"bca", *"cab"]
     assert {len(values) for values in seconds.values()} == {3}
     assert rotated("abc", 4) == [*"bca"]
     assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 2.0]) == 2.0  # the slow round was slow for both
     assert spread([1.0]) == 0 and spread([1.0, 1.0, 1.0]) == 0 and spread([1.0, 2.0, 3.0]) == 0.5
+
+
+def test_a_short_call_is_repeated_until_a_reading_has_length(monkeypatch):
+    monkeypatch.setattr(timing, "READING_SECONDS", {"cpu": 0.05, "cuda": 0.05})
+    assert 5 <= timing.repeats_for(lambda: time.sleep(0.002)) <= 25
+    assert timing.repeats_for(lambda: time.sleep(0.1)) == 1
 
 
 def test_memory_measures_a_known_allocation_and_the_phases():
