@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 SITE = (
     "*.md", "LICENSE", "docs/**/*.md", "docs/**/*.png", "docs/**/*.svg", "docs/**/*.yaml", "docs/*.css", "benchmarks/results/**/*.*",
-    "entropy_po/**/*.py", "kernels/*.*", "csrc/**/*.*", "examples/*.py", "tests/*.py", "benchmarks/*.py",
+    "entropy_po/**/*.py", "kernels/*.*", "csrc/**/*.*", "examples/*.py", "examples/*.ipynb", "tests/*.py", "benchmarks/*.py",
 )  # fmt: skip
 # the names of sections here, and those that the parser of Google's style reads
 SECTIONS = {name: name for name in ("Args", "Returns", "Raises", "Attributes", "Numerics", "Note")} | {
