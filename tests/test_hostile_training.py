@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 from hostile import NAN, STRANGE_NUMBERS, STRANGE_WORDS, complaints
 
 transformers = pytest.importorskip("transformers")
@@ -12,6 +13,9 @@ pytest.importorskip("datasets")
 from test_trainer_data import BLUE, CHAT_PROMPT, GREEN, TEXT_ROW, make_tokenizer  # noqa: E402
 
 from entropy_po import cli  # noqa: E402
+from entropy_po.heads import check_head, head_of  # noqa: E402
+from entropy_po.integrations.transformers import fuse_lm_head  # noqa: E402
+from entropy_po.models import load_model, load_tokenizer  # noqa: E402
 from entropy_po.trainer import EntropyPOConfig, OnlineConfig, PairCollator, load_rows, tokenize_pairs  # noqa: E402
 from entropy_po.trainer.data import tokenize_prompts  # noqa: E402
 
@@ -202,3 +206,17 @@ def test_a_flag_is_refused_by_name(command, flags, value, capsys):
             value,
             said.err,
         )
+
+
+@pytest.mark.parametrize("function", [fuse_lm_head, check_head, head_of])
+@pytest.mark.parametrize("model", [None, 3, "gpt2", b"gpt2", [], object(), torch.nn.Module(), torch.nn.Linear(2, 2)])
+def test_what_is_no_language_model_is_refused_as_such(function, model):
+    with pytest.raises(ValueError, match=r"^model: .* no output embeddings; give a causal language model"):
+        function(model)
+
+
+@pytest.mark.parametrize("function", [load_model, load_tokenizer])
+@pytest.mark.parametrize("name", [None, 3, "", b"gpt2", [], ["gpt2"], object(), torch.nn.Linear(2, 2)])
+def test_what_names_no_model_is_refused_as_such(function, name):
+    with pytest.raises(ValueError, match="name_or_path must be a hub id or a folder, got "):
+        function(name)

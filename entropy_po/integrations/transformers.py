@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from entropy_po.answers import IGNORE_INDEX
-from entropy_po.heads import check_head, default_tolerance, evaluation_mode, forward_without_logits, head_of, unwrap
+from entropy_po.heads import (
+    check_head,
+    default_tolerance,
+    evaluation_mode,
+    forward_without_logits,
+    head_of,
+    output_layer,
+    unwrap,
+)
 from entropy_po.ops.linear_token_stats import linear_token_stats
 
 
@@ -64,6 +72,7 @@ def fuse_lm_head(
         raise ValueError(
             f"outputs={outputs!r} must hold 'logps', and may hold 'entropy': the loss is made of log-probs."
         )
+    output_layer(model)  # or an error that says what is missing
     unfuse_lm_head(model)
     base = unwrap(model)
     # kept on the model, so that a deepcopy calls its own forward and not the original's
