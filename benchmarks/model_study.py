@@ -17,7 +17,6 @@ import gc
 import json
 import os
 import re
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +28,7 @@ import torch
 import transformers
 
 from benchmarks.report import RESULTS
+from benchmarks.units import unit
 from entropy_po.demo import run as demo
 from entropy_po.demo.tasks import constraints_met, heldout_tasks, prompt_rows, quality, train_tasks
 from entropy_po.evaluation.cli import markdown
@@ -79,22 +79,17 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
 
     def unit(self, name: str, make: Callable[[Path], tuple]) -> dict:
-        """The unit's row and curve, from its file where there is one."""
+        """The unit's row and curve."""
         folder = self.folder_of(name)
-        path = folder / "unit.json"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            start = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def found() -> dict:
+            gc.collect()  # a trainer's cycles hold the model before
             torch.manual_seed(0)
             model, more = make(folder)
-            found = {"row": self.measured(model, name), **more, "seconds": round(time.perf_counter() - start, 1)}
-            del model
-            gc.collect()
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(found))
-            os.replace(scratch, path)
-            print(f"{name}: {found['seconds']} s", flush=True)
-        return json.loads(path.read_text())
+            return {"row": self.measured(model, name), **more}
+
+        return unit(folder / "unit.json", name, found)
 
     def measured(self, model, name: str) -> dict:
         tasks = heldout_tasks()[: self.size["heldout"]]

@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import random
-import time
 import warnings
 from pathlib import Path
 
@@ -33,6 +32,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.report import RESULTS
+from benchmarks.units import unit
 from entropy_po.answers import Answers
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.trainer import EntropyPOConfig, OnlineConfig, OnlineTrainer, PreferenceTrainer
@@ -261,17 +261,7 @@ class Study:
         return LlamaForCausalLM.from_pretrained(self.folder / "sft").eval()
 
     def unit(self, name: str, make) -> dict:
-        """The unit's result, from its file where there is one."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            start = time.perf_counter()
-            result = make()
-            result["seconds"] = round(time.perf_counter() - start, 1)
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps(result))
-            os.replace(scratch, path)
-            print(f"seed {self.seed}, {name}: {result['seconds']} s", flush=True)
-        return json.loads(path.read_text())
+        return unit(self.folder / f"{name}.json", f"seed {self.seed}, {name}", make)
 
     def offline(self, alpha: float, steps: int, temperatures) -> dict:
         def make() -> dict:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from entropy_po.heads import Head, backbone_hidden_states, head_of, output_layer, with_head
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.sequences import segment_sums
+from entropy_po.types import TokenStats
 
 IGNORE_INDEX = -100
 
@@ -48,8 +49,8 @@ class Answers(NamedTuple):
         return head_of(self.model)
 
     def loss(self, operator: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """What `linear_preference_loss` or `sequence_loss` makes of these answers, the head's own transform included; `args`
-        and `options` are the operator's."""
+        """What an operator on (hidden states, weight, labels, cu_seqlens), such as `linear_preference_loss` or `sequence_loss`,
+        makes of these answers, the head's own transform included; `args` and `options` are the operator's."""
 
         def call(head: Head, hidden_states: Tensor) -> Any:
             return operator(hidden_states, head.weight, self.labels, self.cu_seqlens, *args, **head.options, **options)
@@ -62,12 +63,10 @@ def answer_token_logps(model: nn.Module, batch: Mapping[str, Tensor], **options:
     takes it; `options` of `linear_token_stats`: temperature, workspace_bytes."""
     answers = Answers.of(model, batch)
 
-    def call(head: Head, hidden_states: Tensor) -> Any:
-        return linear_token_stats(
-            hidden_states, head.weight, answers.labels, outputs=("logps",), **head.options, **options
-        )
+    def per_token(hidden_states: Tensor, weight: Tensor, labels: Tensor, _: Tensor, **options: Any) -> TokenStats:
+        return linear_token_stats(hidden_states, weight, labels, outputs=("logps",), **options)
 
-    logps = with_head(model, call, answers.hidden_states).logps
+    logps = answers.loss(per_token, **options).logps
     return logps, answers.cu_seqlens.diff().to(logps.device)
 
 

@@ -77,6 +77,9 @@ def _whole() -> Iterator[None]:
     """Under ZeRO-3 transformers loads shards as soon as training arguments exist, and no reference pass could run on them."""
     from transformers.integrations import deepspeed
 
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
     config, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
     try:
         yield

@@ -1,8 +1,8 @@
 """Memory of the CPU that outlives a call: a CUDA workspace comes from torch's caching allocator, this does it for a CPU.
 
 Memory fresh from the system costs a fault and 4096 zeros per page, which for a tile of logits shows beside the products that
-make it (`python -m benchmarks.tile_rows`). So it is given back to the system lazily (MADV_FREE): the system takes a page when it needs one, and a page it
-has not taken costs the next call nothing.
+make it (`python -m benchmarks.tile_rows`). So it is given back to the system lazily (MADV_FREE): the system takes a page when
+it needs one, and a page it has not taken costs the next call nothing.
 """
 
 from __future__ import annotations

@@ -18,10 +18,7 @@ class HDPO(lightning.LightningModule):
 
     def training_step(self, batch, _):
         answers = Answers.of(self.model, batch)  # one forward of the model, without logits
-        output = linear_preference_loss(
-            answers.hidden_states, answers.head.weight, answers.labels, answers.cu_seqlens,
-            objective=self.objective, ref_logps=batch["ref_logps"], **answers.head.options,
-        )  # fmt: skip
+        output = answers.loss(linear_preference_loss, objective=self.objective, ref_logps=batch["ref_logps"])
         self.log("margin", output.margins.mean())
         print(
             f"loss {output.loss.item():.4f}, entropy {output.entropy.sum() / output.lengths.sum():.3f} nats per token"

@@ -120,10 +120,9 @@ class TrainingConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             # transformers refuses bf16 and warns about pinned memory where it was not told that this is meant.
             self.use_cpu = True
-        if (
-            self.bf16 is None and "ACCELERATE_MIXED_PRECISION" in os.environ
-        ):  # `accelerate launch` was told, or has its own
-            self.bf16 = os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # `accelerate launch` was told, or has its own
+        if self.bf16 is None and launched is not None:
+            self.bf16 = launched == "bf16"
         if self.bf16 is None:
             on_cuda = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = on_cuda and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
