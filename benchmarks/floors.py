@@ -51,6 +51,7 @@ def hidden_seconds(n: int, d: int, v: int, products: int, folds: int, bandwidth:
 PATHS = {
     "`linear_token_stats`, trained head": 4,
     "`linear_token_stats`, frozen head": 3,
+    "`linear_token_stats`, frozen head, log-probs alone": 2,
     "`linear_preference_loss`, trained head": 3,
     "`linear_preference_loss`, frozen head": 2,
 }
@@ -100,7 +101,7 @@ def document() -> str:
         cells, factors = [], []
         for n, d, v in SHAPES[:3]:
             device = DEVICES[1]
-            # linear_token_stats folds in the forward, and takes its gradients from a second set of logits
+            # where logits are made twice, they are folded the first time only
             seconds = hidden_seconds(n, d, v, products, 1, device.bandwidth, device.flops)
             cells.append(f"{1e3 * seconds:.1f} ms")
             factors.append(seconds * device.flops / product_flops(n, d, v, products))

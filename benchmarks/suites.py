@@ -34,6 +34,10 @@ def cpu(long: bool) -> dict[str, list[Row]]:
     hidden = [Row(Case("hidden", 512, 32768, 1024, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
     hidden += [
         Row(Case("hidden", 512, 32768, 1024, BF16, trained=False), rounds=SLOW),
+        *(
+            Row(Case("hidden", 512, 32768, 1024, dtype, trained=False, entropy=False), rounds=SLOW)
+            for dtype in (FP32, BF16)
+        ),
         Row(Case("hidden", 512, 32768, 1024, BF16, entropy=False, peaked=True), rounds=SLOW),
         Row(Case("hidden", 1024, 49152, 576, BF16, backward=False), rounds=SLOW),
     ]

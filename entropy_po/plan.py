@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 # On a CPU, from 8 to 48 MiB the time is the same; beyond, pages cost more than larger tiles save. A GPU's products want
@@ -16,6 +17,12 @@ MIN_TILE_SIDE = 16  # a narrower tile is a matrix-vector product: the budget is 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:
     """start .. stop in pieces of at most `size`."""
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def even_slices(start: int, stop: int, most: int) -> Iterator[slice]:
+    """start .. stop in as few pieces of at most `most` as there can be, of about one size."""
+    pieces = max(1, math.ceil((stop - start) / most))
+    return slices(start, stop, max(1, math.ceil((stop - start) / pieces)))
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,19 @@ def check_strategy(strategy: str) -> None:
         raise ValueError(f"strategy={strategy!r} is not one of {STRATEGIES}.")
 
 
+def rows_of_logits(
+    v: int, d: int, *, element: int, converts: bool, workspace_bytes: int, beside: int = 0
+) -> tuple[int, int]:
+    """(rows of logits that a budget holds beside `beside` bytes, columns per product: all, unless operands are converted
+    on the way, which takes an eighth of it)."""
+    weight_cols, budget = v, workspace_bytes - beside
+    if converts:
+        weight_cols = min(v, max(MIN_TILE_SIDE, workspace_bytes // 8 // (element * max(d, 1))))
+        budget -= weight_cols * element * d
+    row_bytes = element * max(v + 2 * d, 1)  # logits; hidden states as they are multiplied; one product
+    return max(budget, 0) // row_bytes, weight_cols
+
+
 def plan_sequences(
     lengths: Sequence[int],
     v: int,
@@ -202,15 +222,11 @@ def plan_sequences(
     bounds = [(i, min(i + coupled, len(lengths))) for i in range(0, len(lengths), coupled)] if coupled else []
     sizes = [sum(lengths[i:j]) for i, j in bounds]
     longest = max(sizes, default=0) if coupled else 1
-    weight_cols, budget = v, workspace_bytes
-    if converts:
-        weight_cols = min(v, max(MIN_TILE_SIDE, workspace_bytes // 8 // (element * d)))
-        budget -= weight_cols * element * d
-    row_bytes = element * (v + 2 * d)  # logits; hidden states as they are multiplied; one product
-    rows = max(budget, 0) // row_bytes
+    held = partial(rows_of_logits, v, d, element=element, converts=converts, workspace_bytes=workspace_bytes)
+    rows, weight_cols = held()
     num_long = len(sizes) if strategy == "deferred" else sum(size > rows for size in sizes)
     extra = v * d * element if trained and strategy != "resident" and num_long > (0 if anchored else 1) else 0
-    rows = max(budget - extra, 0) // row_bytes
+    rows, _ = held(beside=extra)
     enough = min(MIN_TILE_ROWS[device_type], max(sum(lengths), 1))
     name, why = strategy, _BY_NAME
     if not wanted:

@@ -72,6 +72,7 @@ def test_long_cases_are_checked_on_some_rows(monkeypatch):
 def test_products_count_what_a_method_without_logits_needs():
     hidden = Case("hidden", 8, 8, 8)
     assert [hidden.products, hidden.but(trained=False).products, hidden.but(backward=False).products] == [4, 3, 1]
+    assert hidden.but(trained=False, entropy=False).products == 2
     assert [Case("pair", 8, 8, 8).products, Case("nll", 8, 8, 8, trained=False).products] == [3, 2]
 
 

@@ -112,6 +112,76 @@ def test_frozen_weight_allocates_nothing_of_its_size():
     assert allocations(call)[1] >= weight.nbytes  # the check sees a dW when there is one
 
 
+@pytest.fixture
+def tiles_made(monkeypatch):
+    """The shape of every tile of logits, as it is made."""
+    shapes, product = [], gemm.logits_tile
+
+    def counted(hidden, weight, out, *rest):
+        shapes.append(tuple(out.shape))
+        return product(hidden, weight, out, *rest)
+
+    monkeypatch.setattr(gemm, "logits_tile", counted)
+    return shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("workspace", [None, 3_000_000])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_frozen_head_takes_two_products(dtype, workspace, case, poisoned, tiles_made):
+    """Log-probs alone, of a frozen head: the gradient is made in the forward, and the backward multiplies rows by numbers."""
+    n, d, v = 1517, 24, 1003
+    hidden, weight, bias, labels = problem(n, d, v, dtype)
+    labels[::5] = -100
+    options = {"temperature": torch.rand(n) + 0.5} if OPTIONS[case] == "rows" else OPTIONS[case]
+    hidden.requires_grad_()
+    ours = linear_token_stats(
+        hidden, weight, labels, bias=bias, outputs=("logps",), workspace_bytes=workspace, **options
+    ).logps
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact = oracles.stats(exact_hidden @ weight.double().t(), labels, bias=bias.double(), **options)[0]
+    assert (ours.double() - exact).abs().max() <= (1e-10 if dtype == torch.float64 else 1e-5)
+    g = torch.randn(n)
+    exact.backward(g.double())
+    g[labels == -100] = torch.nan  # never read
+    for graph_again in (True, False):
+        (gradient,) = torch.autograd.grad(ours, hidden, g.to(ours), retain_graph=graph_again)
+        oracles.assert_gradient(gradient, exact_hidden.grad, upstream=1e-3, slack=2)
+    kept = int((labels != -100).sum())
+    assert sum(rows * cols for rows, cols in tiles_made) == kept * v
+    assert workspace is None or tiles_made[0][0] < kept
+
+
+@pytest.mark.parametrize(
+    "times, options",
+    [
+        (1, {"outputs": ("logps",)}),
+        (2, {"outputs": ("logps",), "workspace_bytes": 300_000}),
+        (2, {"outputs": ("logps", "lse")}),
+        (2, {}),
+    ],
+)
+def test_how_often_the_logits_of_a_frozen_head_are_made(times, options, tiles_made):
+    hidden, weight, _, labels = problem(300, 24, 1003, torch.float32)
+    linear_token_stats(hidden.requires_grad_(), weight, labels, **options).logps.sum().backward()
+    assert sum(rows * cols for rows, cols in tiles_made) == times * 300 * 1003
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_head_holds_a_gradient_and_the_budget(dtype):
+    n, d, v, budget = 2048, 64, 3000, 3 << 20
+    hidden, weight, _, labels = problem(n, d, v, dtype)
+    hidden.requires_grad_()
+
+    def call():
+        linear_token_stats(hidden, weight, labels, outputs=("logps",), workspace_bytes=budget).logps.sum().backward()
+
+    sums = hidden.numel() * 4 if dtype == torch.bfloat16 else 0
+    peak, largest = allocations(call)
+    assert peak <= hidden.nbytes + sums + n * 4 * 20 + 1.1 * budget
+    assert largest <= budget
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [True, False])
 def test_peak_memory_is_gradients_outputs_and_the_budget(dtype, trained):

@@ -66,11 +66,13 @@ class Case:
     def products(self) -> int:
         """Vocabulary-sized matrix products that a method needs which does not hold the logits.
 
-        Log-probs of single tokens get their upstream gradients after the forward: the logits are made twice. A loss that is
-        one number can have its gradients made on the way."""
+        Log-probs of single tokens get their upstream gradients after the forward: the logits are made twice, unless only
+        the hidden states have a gradient, which is then known but for a factor. A loss that is one number can have its
+        gradients made on the way."""
         if self.path == "logits":
             return 0
-        return 1 + self.backward * (1 + self.trained + (self.path == "hidden"))
+        again = self.path == "hidden" and (self.trained or self.entropy)
+        return 1 + self.backward * (1 + self.trained + again)
 
     @property
     def flops(self) -> float:
@@ -206,14 +208,13 @@ class Problem:
         rows = min(case.n, FLOOR_BYTES // (case.v * hidden.element_size()))
         logits = hidden.new_empty(rows, case.v)
         gradient = torch.randn(rows, case.v, dtype=hidden.dtype, device=hidden.device)
-        again = case.path == "hidden" and case.backward
 
         def run() -> None:
             dhidden = torch.empty_like(hidden)
             dweight = torch.empty_like(weight) if case.trained else None
             for part in slices(0, case.n, rows):
                 tile = slice(0, part.stop - part.start)
-                for _ in range(1 + again):
+                for _ in range(case.products - case.backward * (1 + case.trained)):  # of the logits
                     torch.mm(hidden[part], weight.t(), out=logits[tile])
                 if not case.backward:
                     continue

@@ -8,7 +8,6 @@ makes logits, their gradient, dH and dW tile by tile and multiplies c in at the 
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,7 +20,7 @@ from entropy_po.objective import EntropyObjective, PairLoss, check_smoothing
 from entropy_po.ops import checks, linear_token_stats, parallel, schema, sequences
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences, VocabSums
-from entropy_po.plan import Choice, SequencePlan, Strategy, check_strategy, slices
+from entropy_po.plan import Choice, SequencePlan, Strategy, check_strategy, even_slices
 from entropy_po.types import IfAsked, state_dtype, stats_from_state
 
 if TYPE_CHECKING:
@@ -357,7 +356,7 @@ def _reference_logps(
 ) -> Tensor:
     """[2B] in fp64, tile by tile and without gradient."""
     head = LmHead(hidden, weight, bias, labels, (*options[:6], ["logps"], *options[7:]))
-    state = linear_token_stats.fold(head, sequences.fold_workspace(workspace_bytes, hidden.device))
+    state = linear_token_stats.fold(head, workspace_bytes)
     return seqs.sums(stats_from_state(state[:, : head.num_kept], ("logps",)).logps)
 
 
@@ -365,7 +364,6 @@ def _recompute(
     head: LmHead, seqs: Sequences, pair_loss: _PairLoss, workspace_bytes: int, needs: list[bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Logits once for the log-probs, and once more for the gradients; tiles of any shape."""
-    workspace_bytes = sequences.fold_workspace(workspace_bytes, head.hidden.device)
     state = linear_token_stats.fold(head, workspace_bytes)
     stats = stats_from_state(state[:, : head.num_kept], ("logps", "entropy"))
     grads: tuple[Tensor, ...] = tuple(head.hidden.new_empty(0) for _ in needs)
@@ -429,8 +427,7 @@ def _deferred(
     total.clear()
     pair = slice(chosen.start, rejected.stop)
     for rows in (chosen, rejected) if pair_loss.nll_coef else (pair,):
-        num_tiles = max(1, math.ceil((rows.stop - rows.start) / tile_rows))
-        for part in slices(rows.start, rows.stop, max(1, math.ceil((rows.stop - rows.start) / num_tiles))):
+        for part in even_slices(rows.start, rows.stop, tile_rows):
             hidden, tile, state = tiles.fold(part)
             g_logp = state.new_ones(part.stop - part.start)
             g_logp[max(chosen.stop - part.start, 0) :] = -1
@@ -500,7 +497,7 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if grad_loss is None or not any(ctx.needs_input_grad[:3]):
         return nothing
     schema.refuse_second_order("linear_preference_loss")
-    return *sequences.scaled(ctx, grad_loss), *nothing[3:]
+    return *sequences.all_scaled(ctx, grad_loss), *nothing[3:]
 
 
 schema.LIBRARY.impl("linear_preference_loss", _forward, "CPU")

@@ -9,9 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from entropy_po.ops import checks, gemm, parallel, schema
+from entropy_po.ops import checks, gemm, parallel, schema, sequences
 from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
-from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE, TilePlan, plan_tiles
+from entropy_po.ops.sequences import GradientSums, RowTiles
+from entropy_po.plan import (
+    DEFAULT_CPU_SEQUENCE_WORKSPACE,
+    DEFAULT_CPU_WORKSPACE,
+    DEFAULT_CUDA_WORKSPACE,
+    MIN_TILE_ROWS,
+    TilePlan,
+    even_slices,
+    plan_tiles,
+    rows_of_logits,
+)
 from entropy_po.types import Level, OutputName, TokenStats, new_state, state_dtype, stats_from_state
 
 if TYPE_CHECKING:
@@ -21,7 +31,7 @@ if TYPE_CHECKING:
 
 _INPUTS = "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor labels"
 schema.LIBRARY.define(
-    f"linear_token_stats({_INPUTS}, {schema.OPTIONS}, int workspace_bytes) -> ({schema.STATS}, Tensor)"
+    f"linear_token_stats({_INPUTS}, {schema.OPTIONS}, int workspace_bytes, bool ahead) -> ({schema.STATS}, Tensor)"
 )
 schema.LIBRARY.define(
     f"linear_token_stats_backward(Tensor? grad_logps, Tensor? grad_entropy, {_INPUTS}, Tensor state, {schema.OPTIONS}, "
@@ -56,14 +66,20 @@ def linear_token_stats(
     evaluated tile by tile: no tensor with a token and a vocabulary axis outlives a tile. The backward recomputes the
     tiles: four vocabulary products in all, three when the weight is frozen.
 
+    Two, where it is frozen and outputs=("logps",): a row's gradient is then d logps[i] / d h_i times one number, so it is
+    made while the row's logits are there, kept [N, D] in place of the hidden states, and multiplied by that number in the
+    backward. (Not over a vocab_group, nor in deterministic mode, nor on a budget of fewer rows of logits than
+    `entropy_po.plan.MIN_TILE_ROWS`.) A forward that no backward will follow costs one product under torch.no_grad().
+
     Args:
         hidden_states: [N, D], fp32 / bf16 / fp16 / fp64, last dimension contiguous (copied otherwise).
         weight: [V, D], the same dtype and device. A weight without `requires_grad` costs no gradient buffer and no
             product. Under autocast both are cast to its dtype, as `torch.nn.functional.linear` does.
         labels: [N], int64, already shifted. Rows with `ignore_index` give 0 and no gradient, and are not computed.
         bias: [V], or None.
-        workspace_bytes: bound on the tile and what goes with it; None for 32 MiB on a CPU and 1 GiB on a GPU.
-            Beside it live the inputs, the gradients, and fp32 sums of those gradients where tiles are added into them.
+        workspace_bytes: bound on the tile and what goes with it; None for 1 GiB on a GPU and 256 MiB on a CPU, where more than
+            32 MiB is used for whole rows only, of a frozen head's log-probs. Beside it live the inputs, the gradients,
+            and fp32 sums of those gradients where tiles are added into them.
         vocab_group: the ranks that split the vocabulary, None for none. Each calls this, forward and backward, with the same
             hidden states and labels, and with weight [V_r, D], bias [V_r] and keep_mask [..., V_r] of its own ids: those
             that follow the shards of the ranks before it. Shards may differ in size; padding leaves by keep_mask. weight
@@ -95,13 +111,32 @@ def linear_token_stats(
     hidden_states, weight, transform = checks.check_linear(
         hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
+    ahead = outputs == ("logps",) and vocab_group is None and _only_hidden_states(hidden_states, weight, bias)
     if workspace_bytes is None:
-        workspace_bytes = DEFAULT_CUDA_WORKSPACE if hidden_states.is_cuda else DEFAULT_CPU_WORKSPACE
+        workspace_bytes = DEFAULT_CUDA_WORKSPACE if hidden_states.is_cuda else DEFAULT_CPU_SEQUENCE_WORKSPACE
+    ahead = ahead and _rows_enough(hidden_states, weight, int(workspace_bytes))
     options = schema.flat_options(transform, ignore_index, outputs, backend, vocab_group)
     results = torch.ops.entropy_po.linear_token_stats(
-        hidden_states, weight, bias, labels, *options, int(workspace_bytes)
+        hidden_states, weight, bias, labels, *options, int(workspace_bytes), ahead
     )
     return schema.token_stats_from_flat(results, outputs, labels.shape)
+
+
+def _only_hidden_states(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a gradient of them, and of nothing else, may be wanted."""
+    others = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and hidden.requires_grad and not others
+
+
+def _rows_enough(hidden: Tensor, weight: Tensor, workspace_bytes: int) -> bool:
+    """Whether tiles of whole rows are worth it. By sizes alone, the number of rows not among them: a traced call decides
+    once for all batches. In deterministic mode a row's bits may not depend on whether a gradient is wanted, or on tiles."""
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    rows, _ = rows_of_logits(
+        *weight.shape, element=state_dtype(hidden.dtype).itemsize, converts=True, workspace_bytes=workspace_bytes
+    )
+    return rows >= MIN_TILE_ROWS["cuda" if hidden.is_cuda else "cpu"]
 
 
 def _plan(head: LmHead, workspace_bytes: int) -> TilePlan:
@@ -113,7 +148,7 @@ def _plan(head: LmHead, workspace_bytes: int) -> TilePlan:
         head.dim,
         element=head.arithmetic.itemsize,
         operand_copies=head.operand_copies,
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=workspace_bytes if head.hidden.is_cuda else min(workspace_bytes, DEFAULT_CPU_WORKSPACE),
     )
     return replace(plan, n=max(head.num_kept, 1))
 
@@ -181,11 +216,32 @@ def gradients(
     )
 
 
+def _logps_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+    """logps [K] of the kept rows, and d logps[i] / d hidden_states[i] [N, D]: one pass over the logits, two products."""
+    max_rows, weight_cols = rows_of_logits(
+        head.vocab_size,
+        head.dim,
+        element=head.arithmetic.itemsize,
+        converts=head.operand_copies,
+        workspace_bytes=workspace_bytes,
+    )
+    tiles = RowTiles(head, weight_cols)
+    sums = GradientSums(tiles, [True, False, False], num_tiles=1)
+    for rows in even_slices(0, head.num_kept, max_rows):
+        hidden, tile, state = tiles.fold(rows)
+        gradient = head.grad_(tile, rows, tiles.all_cols, state, torch.ones_like(state[0]), None)
+        sums.add(rows, gradient, hidden, sums.vocab)
+    return tiles.logps, sums.finish()[0]
+
+
 def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *options, workspace_bytes = rest
+    *options, workspace_bytes, ahead = rest
     head = LmHead(hidden, weight, bias, labels, tuple(options))
-    state = fold(head, workspace_bytes)
     results = schema.empty_stats(0, [], hidden)
+    if ahead:
+        logps, gradient = _logps_and_gradient(head, workspace_bytes)
+        return head.scatter(logps), *results[1:], gradient
+    state = fold(head, workspace_bytes)
     for i, value in enumerate(stats_from_state(state[:, : head.num_kept], tuple(options[6]))):
         if value is not None:
             results[i] = head.scatter(value)
@@ -195,10 +251,13 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
 def _fake_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    outputs = options[6]
-    rows = new_state(0, Level.for_outputs(tuple(outputs)), hidden).shape[0]
-    state = hidden.new_empty((rows, hidden.shape[0]), dtype=state_dtype(hidden.dtype))
-    return *schema.empty_stats(hidden.shape[0], outputs, hidden), state
+    outputs, ahead = options[6], options[-1]
+    if ahead:
+        saved = torch.empty(hidden.shape, dtype=sequences.held_dtype(hidden.dtype), device=hidden.device)
+    else:
+        rows = new_state(0, Level.for_outputs(tuple(outputs)), hidden).shape[0]
+        saved = hidden.new_empty((rows, hidden.shape[0]), dtype=state_dtype(hidden.dtype))
+    return *schema.empty_stats(hidden.shape[0], outputs, hidden), saved
 
 
 def _backward(
@@ -228,19 +287,25 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, row_temperature, keep_mask, *rest = inputs
+    hidden, weight, bias, labels, row_temperature, keep_mask, *rest, ahead = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, row_temperature, keep_mask, output[-1])
+    inputs_kept = (labels,) if ahead else (hidden, weight, bias, labels, row_temperature, keep_mask)
+    ctx.save_for_backward(*inputs_kept, output[-1])
     ctx.mark_non_differentiable(*output[2:])
-    ctx.options = rest
+    ctx.options, ctx.ahead, ctx.dtype = rest, ahead, hidden.dtype
 
 
 def _autograd(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    none = (None,) * (len(ctx.options) + 6)
+    none = (None,) * (len(ctx.options) + 7)
     if not any(needs) or (grad_logps is None and grad_entropy is None):
         return none
     schema.refuse_second_order("linear_token_stats")
+    if ctx.ahead:
+        assert grad_logps is not None  # no other output was asked for
+        labels, gradient = ctx.saved_tensors
+        upstream = grad_logps.masked_fill(labels == ctx.options[3], 0)  # an ignored row's may be anything
+        return sequences.scaled(gradient, upstream[:, None], ctx.dtype), *none[1:]
     hidden, weight, bias, labels, row_temperature, keep_mask, state = ctx.saved_tensors
     grads = torch.ops.entropy_po.linear_token_stats_backward(
         grad_logps, grad_entropy, hidden, weight, bias, labels, state, row_temperature, keep_mask, *ctx.options, needs

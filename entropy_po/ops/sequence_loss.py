@@ -91,7 +91,8 @@ def sequence_loss(
     The loss must be a sum of terms, each over `coupled` consecutive sequences: 2 for pairs, G for a group of G answers, 1 for
     a sequence alone, 0 for a token alone. `loss_fn` is called with some whole groups at a time and returns the sum of
     their terms; where their logits fit the budget its derivatives are taken while the logits are there: three products, two
-    with a frozen head. Otherwise it is called once with everything, and the logits are computed again: one more product.
+    with a frozen head. Otherwise it is called once with everything, and the logits are computed again: one more product,
+    except with a frozen head and log-probs alone (`linear_token_stats`).
 
     Args:
         hidden_states, weight, labels, cu_seqlens: as in `linear_preference_loss`; [S + 1] offsets, any number of sequences.
@@ -160,7 +161,7 @@ def sequence_loss(
             logit_scale=logit_scale,
             keep_mask=keep_mask,
             ignore_index=ignore_index,
-            workspace_bytes=sequences.fold_workspace(workspace_bytes, hidden_states.device),
+            workspace_bytes=workspace_bytes,
             vocab_group=vocab_group,
             backend=backend,
         )
@@ -254,7 +255,7 @@ class _Resident(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         schema.refuse_second_order("sequence_loss")
-        return *sequences.scaled(ctx, grad_loss), *(None,) * 5
+        return *sequences.all_scaled(ctx, grad_loss), *(None,) * 5
 
 
 def _checked(loss: Tensor, wants_gradient: bool) -> Tensor:

@@ -15,7 +15,6 @@ from entropy_po.ops.parallel import Ranks
 from entropy_po.plan import (
     CUDA_WORKSPACE_SHARE,
     DEFAULT_CPU_SEQUENCE_WORKSPACE,
-    DEFAULT_CPU_WORKSPACE,
     SequencePlan,
     plan_sequences,
     slices,
@@ -28,11 +27,6 @@ def default_workspace(device: torch.device) -> int:
     if device.type != "cuda":
         return DEFAULT_CPU_SEQUENCE_WORKSPACE
     return int(CUDA_WORKSPACE_SHARE * torch.cuda.mem_get_info(device)[0])
-
-
-def fold_workspace(workspace_bytes: int, device: torch.device) -> int:
-    """Of a budget, what tiles of any shape make use of: on a CPU larger ones than the default's are slower."""
-    return min(workspace_bytes, DEFAULT_CPU_WORKSPACE) if device.type == "cpu" else workspace_bytes
 
 
 class Sequences:
@@ -239,18 +233,20 @@ def held_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def scaled(ctx: Any, factor: Tensor) -> list[Tensor | None]:
-    """The saved gradients of (hidden states, weight, bias) times the upstream scalar: in their own memory, unless the graph
-    will be used again, or is being traced."""
-    again = torch._C._autograd._get_current_graph_task_keep_graph()
-    grads: list[Tensor | None] = []
-    for saved, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False):
-        if not need:
-            grads.append(None)
-            continue
-        if again or type(saved) is not Tensor:
-            saved = saved * factor
-        elif factor.device.type != "cpu" or factor != 1:  # on a GPU, to look would be to wait
-            saved.mul_(factor)
-        grads.append(saved.to(dtype))
-    return grads
+def all_scaled(ctx: Any, factor: Tensor) -> list[Tensor | None]:
+    """The saved gradients of (hidden states, weight, bias) times the upstream scalar."""
+    parts = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    return [scaled(saved, factor, dtype) if need else None for saved, dtype, need in parts]
+
+
+def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A saved gradient times its upstream factor, a scalar or one per row [N, 1], in the input's dtype: in its own memory,
+    unless the graph will be used again, or is being traced."""
+    if torch._C._autograd._get_current_graph_task_keep_graph() or type(saved) is not Tensor:
+        return (saved * factor).to(dtype)
+    if factor.ndim:
+        for rows in slices(0, len(saved), 4096):  # a mixed product is made in fp32 first
+            saved[rows] *= factor[rows]
+    elif factor.device.type != "cpu" or factor != 1:  # on a GPU, to look would be to wait
+        saved.mul_(factor)
+    return saved.to(dtype)
