@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from entropy_po.heads import check_head
 from entropy_po.memory import peak_bytes
@@ -22,6 +24,9 @@ from entropy_po.trainer.safety import StopAfterStep, check_finite, naming_lost_r
 
 class HeadTrainer(Trainer):
     """A Trainer whose loss is the sum over a whole optimiser step's items over their number, made by the fused head."""
+
+    args: TrainingConfig
+    model: nn.Module
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -63,15 +68,15 @@ class HeadTrainer(Trainer):
             FloatingPointError: the loss is no finite number.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
-        check_finite(loss, inputs, self.state.global_step + 1, self.args.output_dir, self.args.process_index)
+        check_finite(loss, inputs, self.state.global_step + 1, self._folder, self.args.process_index)
         return loss
 
     # ---- metrics ----
 
     def _add_sums(self, key: str, totals: Sequence[Tensor]) -> None:
         """Add to the sums of "train" or "eval", on the device: reading them every step would wait for it."""
-        totals = torch.stack([total.detach().float() for total in totals])
-        self._sums[key] = self._sums[key] + totals if key in self._sums else totals
+        stacked = torch.stack([total.detach().float() for total in totals])
+        self._sums[key] = self._sums[key] + stacked if key in self._sums else stacked
 
     def _take_sums(self, key: str, names: Sequence[str]) -> dict[str, float]:
         """The sums since the last call, over all ranks; the one place that waits for the device."""
@@ -97,19 +102,24 @@ class HeadTrainer(Trainer):
             logs = {**logs, **metrics, "peak_memory_mib": peak_bytes() / 2**20}
         super().log(logs, start_time)
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's loop, with our metrics under its prefix, and its time kept out of the training speed."""
         start = time.perf_counter()
         self._sums.pop("eval", None)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
         metrics = self._drain("eval")
         metrics.pop("tokens", None)
+        assert output.metrics is not None
         output.metrics.pop(f"{metric_key_prefix}_model_preparation_time", None)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self._window_start += time.perf_counter() - start
         return output
 
     # ---- checkpoints ----
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.args.output_dir or ".")  # transformers has put its default in the place of None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; under FSDP a finished model is written whole, also where checkpoints are shards."""
@@ -118,7 +128,7 @@ class HeadTrainer(Trainer):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As transformers.Trainer.train, and a checkpoint that was not written to its end is never resumed from.
 
         Raises:
@@ -129,7 +139,7 @@ class HeadTrainer(Trainer):
             KeyboardInterrupt: after Ctrl-C, when the step that ran is saved.
         """
         if isinstance(resume_from_checkpoint, bool):
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
+            resume_from_checkpoint = last_checkpoint(self._folder) if resume_from_checkpoint else None
         elif resume_from_checkpoint is not None and (missing := checkpoint_fault(Path(resume_from_checkpoint))):
             raise ValueError(
                 f"resume_from_checkpoint: {resume_from_checkpoint} is incomplete ({missing}); use another one."
@@ -138,16 +148,16 @@ class HeadTrainer(Trainer):
             raise ValueError("train_dataset must be given to train; this trainer was made to evaluate.")
         self._sums.clear()
         self._window_start = time.perf_counter()
-        alone = only_run_in(self.args.output_dir) if self.args.process_index == 0 else nullcontext()
+        alone = only_run_in(self._folder) if self.args.process_index == 0 else nullcontext()
         with alone, self._stop.listening(), naming_lost_ranks(self):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def resumable_after(self, step: int) -> bool:
         """Whether a run can go on from a checkpoint of this step."""
         return True
 
 
-def load_parts(model: nn.Module | str, args: TrainingConfig, processing_class, peft_config) -> tuple[nn.Module, object]:
+def load_parts(model: Any, args: TrainingConfig, processing_class: Any, peft_config: Any) -> tuple[nn.Module, Any]:
     """(the model to train, with an adapter where one is asked for; its tokenizer), both loaded where they are names."""
     if isinstance(model, str | os.PathLike):
         from entropy_po.models import load_model
@@ -165,7 +175,7 @@ def pad_id(tokenizer) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def _prepare_model(model: nn.Module, args: TrainingConfig, peft_config) -> nn.Module:
+def _prepare_model(model: Any, args: TrainingConfig, peft_config: Any) -> nn.Module:
     if args.disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
@@ -176,7 +186,7 @@ def _prepare_model(model: nn.Module, args: TrainingConfig, peft_config) -> nn.Mo
 
         peft_config = LoraConfig(
             r=args.lora_r,
-            lora_alpha=args.lora_alpha or 2 * args.lora_r,
+            lora_alpha=args.lora_alpha or 2 * args.lora_r,  # type: ignore[arg-type]  # a scale like any other
             lora_dropout=args.lora_dropout,
             target_modules=args.lora_target_modules or "all-linear",
             task_type="CAUSAL_LM",

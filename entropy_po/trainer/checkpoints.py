@@ -3,7 +3,9 @@
 import json
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from entropy_po.dual import DualAscent
@@ -54,7 +56,13 @@ def checkpoint_fault(folder: Path) -> str | None:
     return None
 
 
-class SavesAscent:
+if TYPE_CHECKING:
+    _OfTrainer = Trainer
+else:
+    _OfTrainer = object
+
+
+class SavesAscent(_OfTrainer):
     """For a Trainer with an `ascent`: lam and mu lie beside the weights, in dual.json, and come back with them."""
 
     ascent: DualAscent | None
@@ -62,7 +70,7 @@ class SavesAscent:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.ascent is not None and self.args.should_save:
-            path = Path(output_dir or self.args.output_dir) / DUAL_FILE
+            path = Path(output_dir or self.args.output_dir or ".") / DUAL_FILE
             path.write_text(json.dumps(self.ascent.state()) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import ClassVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -97,11 +97,12 @@ class TrainingConfig(TrainingArguments):
         default=None, metadata={"help": "Modules to adapt; default every linear layer but the head."}
     )
 
-    learning_rate: float | None = _arg(None, "Peak learning rate; default 1e-6, with lora_r 2e-5.")
+    # transformers declares these two without None, which is a default of ours
+    learning_rate: float | None = _arg(None, "Peak learning rate; default 1e-6, with lora_r 2e-5.")  # type: ignore[assignment]
     per_device_train_batch_size: int = _arg(4, "Pairs, or prompts, per device and forward.")
     per_device_eval_batch_size: int = _arg(4, "The same in evaluation and in the reference pass.")
     logging_steps: float = _arg(10, "Steps between two rows of metrics.")
-    bf16: bool | None = _arg(
+    bf16: bool | None = _arg(  # type: ignore[assignment]
         None, "Mixed precision in bf16; default: as accelerate launch has it, else yes on an accelerator that has it."
     )
     # HfArgumentParser reads this union in the parent's order only.
@@ -215,12 +216,17 @@ class EntropyPOConfig(TrainingConfig):
                 f"max_length={self.max_length}; lower it or raise max_length."
             )
         # A margin of zero has a loss like any other: this checks the pair of arguments, not a value.
-        EntropyObjective.dpo(1.0).pair_loss(torch.zeros(1), self.loss, self.label_smoothing)
+        loss: Any = self.loss
+        EntropyObjective.dpo(1.0).pair_loss(torch.zeros(1), loss, self.label_smoothing)
 
 
 @dataclass
 class DualArguments:
     """Where dual ascent moves lam and mu to, and how fast; the class that uses it has `lam` and `mu`."""
+
+    if TYPE_CHECKING:
+        lam: float | None = None
+        mu: float | None = None
 
     min_reward: float | None = _arg(None, "qempo, qempo_kl: R, the mean reward to reach; moves lam. None: lam stays.")
     max_kl: float | None = _arg(None, "qempo_kl: K, the KL budget in nats per answer; moves mu. None: mu stays.")
@@ -268,6 +274,7 @@ class DualArguments:
                 if kl is None:
                     raise ValueError(f"relative_to: {self.relative_to} measured no KL; run it with report_kl=True.")
                 max_kl = kl * max_kl
+        assert self.lam is not None  # a method that moves it asks for it
         return DualAscent(
             lam=self.lam,
             mu=self.mu or 0.0,
@@ -401,7 +408,7 @@ _EXAMPLES = {
 }
 
 
-def _check_number(name: str, value, low: float, remedy: str, *, strict: bool = False) -> None:
-    in_range = isinstance(value, Real) and (low < value if strict else low <= value) and value < math.inf
-    if not in_range:
+def _check_number(name: str, value: Any, low: float, remedy: str, *, strict: bool = False) -> None:
+    is_number: bool = isinstance(value, Real)  # not in the condition, where mypy would take its comparisons away
+    if not (is_number and (low < value if strict else low <= value) and value < math.inf):
         raise ValueError(f"{name}={reprlib.repr(value)} must be finite and {'>' if strict else '>='} {low}; {remedy}.")

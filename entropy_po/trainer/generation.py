@@ -5,7 +5,7 @@ cut off (top-k, top-p) and nothing penalised, whatever the model's own generatio
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -50,22 +50,22 @@ class TransformersGeneration:
 
     def __call__(self, model: nn.Module, prompts: Sequence[list[int]], num: int, seed: int) -> list[list[int]]:
         # Adapters sit inside the base model's layers, so its own generate runs them.
-        model = unwrap(model)
+        policy: Any = unwrap(model)
         per_call = len(prompts) if self.batch_size is None else max(1, self.batch_size // num)
         # generate() fills what a config leaves open from the model's own, penalties and forced tokens with it.
-        own, model.generation_config = model.generation_config, self.config
-        devices = [model.device] if model.device.type == "cuda" else []
+        own, policy.generation_config = policy.generation_config, self.config
+        devices = [policy.device] if policy.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices), torch.no_grad(), evaluation_mode(model):
+            with torch.random.fork_rng(devices), torch.no_grad(), evaluation_mode(policy):
                 torch.manual_seed(seed)
                 answers = []
                 for start in range(0, len(prompts), per_call):
-                    answers += self._batch(model, prompts[start : start + per_call], num)
+                    answers += self._batch(policy, prompts[start : start + per_call], num)
         finally:
-            model.generation_config = own
+            policy.generation_config = own
         return answers
 
-    def _batch(self, model: nn.Module, prompts: Sequence[list[int]], num: int) -> list[list[int]]:
+    def _batch(self, model: Any, prompts: Sequence[list[int]], num: int) -> list[list[int]]:
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), self.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -92,7 +92,8 @@ class VLLMGeneration:
                 "generation='vllm' needs the package vllm, which is not installed; pip install vllm, or use "
                 "generation='transformers'."
             ) from error
-        self.vllm, self.engine = vllm, None
+        self.vllm = vllm
+        self.engine: Any = None
         self.end_ids, self.gpu_memory_utilization = list(end_ids), gpu_memory_utilization
         self.sampling = {
             "temperature": temperature,
@@ -107,17 +108,17 @@ class VLLMGeneration:
     def __call__(self, model: nn.Module, prompts: Sequence[list[int]], num: int, seed: int) -> list[list[int]]:
         if hasattr(model, "peft_config"):
             raise ValueError("generation='vllm' does not take a model with an adapter; use generation='transformers'.")
-        model = unwrap(model)
+        policy: Any = unwrap(model)
         if self.engine is None:
             self.engine = self.vllm.LLM(
-                model=model.config._name_or_path,
+                model=policy.config._name_or_path,
                 skip_tokenizer_init=True,
                 distributed_executor_backend="external_launcher",  # in this process, so that weights can be handed over
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 generation_config="vllm",  # not the checkpoint's own top-k and penalties
             )
         inner = self.engine.llm_engine.model_executor.driver_worker.model_runner.model
-        inner.load_weights([(name, parameter.data) for name, parameter in model.named_parameters()])
+        inner.load_weights([(name, parameter.data) for name, parameter in policy.named_parameters()])
         self.engine.reset_prefix_cache()
         given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         sampling = self.vllm.SamplingParams(n=num, seed=seed, **self.sampling)

@@ -6,10 +6,13 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 
 from entropy_po.answers import Answers, answer_token_logps
 from entropy_po.dual import DualAscent
@@ -62,6 +65,10 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
     Source: arXiv 2602.15894; its own online surrogate could not be read, so this follows from the objective.
     """
 
+    args: OnlineConfig
+    train_dataset: Any  # of Prompts, None where there is none
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(
         self,
         model: nn.Module | str,
@@ -81,7 +88,7 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
 
         def prompts(source, split: str) -> list[Prompt] | None:
             rows = None if source is None else load_rows(source, split)
-            return rows and tokenize_prompts(rows, tokenizer, max_prompt_length=args.max_prompt_length)
+            return tokenize_prompts(rows, tokenizer, max_prompt_length=args.max_prompt_length) if rows else None
 
         super().__init__(
             model=model,
@@ -102,8 +109,8 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
         self._generation_seconds = 0.0
         self._warned = False
 
-    @property
-    def objective(self) -> EntropyObjective:
+    @property  # where transformers keeps what a hyperparameter search asks for
+    def objective(self) -> EntropyObjective:  # type: ignore[override]
         """The (a, b) that the next samples are weighed with."""
         return self.args.entropy_objective if self.ascent is None else self.ascent.objective
 
@@ -162,7 +169,7 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
 
     def _scored(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """(reward [S], each function's [S, F]) of the answers, num_generations to each prompt."""
-        texts = self.processing_class.batch_decode(answers, skip_special_tokens=True)
+        texts = self.processing_class.batch_decode(list(answers), skip_special_tokens=True)
         repeated = [prompt for prompt in prompts for _ in range(self.args.num_generations)]
         completions = [
             [{"role": "assistant", "content": text}] if prompt.is_chat else text
@@ -178,7 +185,7 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
         heads = [prompt.ids for prompt in prompts for _ in range(args.num_generations)]
         rows = [(np.array(head + answer), len(head)) for head, answer in zip(heads, answers, strict=True)]
         device = self.accelerator.device
-        batch = {name: x.to(device) for name, x in pad_rows(rows, self.pad_token_id).items()}
+        batch: dict[str, Any] = {name: x.to(device) for name, x in pad_rows(rows, self.pad_token_id).items()}
         batch["rollout"] = Rollout(
             objective=self.objective,
             rewards=rewards.to(device),
@@ -189,14 +196,14 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
             estimator=args.estimator,
             level=args.importance_sampling_level,
             epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high,
+            epsilon_high=args.epsilon_high or args.epsilon,
         )
         return batch
 
     @torch.no_grad()
     def _reference_logps(self, batch: dict[str, Tensor]) -> Tensor:
         """[n] in nats, of the answers' tokens."""
-        model = self.accelerator.unwrap_model(self.model) if self.reference is None else self.reference
+        model: Any = self.accelerator.unwrap_model(self.model) if self.reference is None else self.reference
         without_adapter = model.disable_adapter() if self.reference is None else nullcontext()
         options = {"temperature": self.args.temperature, "workspace_bytes": self.args.workspace_bytes}
         with evaluation_mode(model), without_adapter, self.accelerator.autocast():
@@ -230,19 +237,19 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
         is_fresh = inputs["rollout"].is_fresh
         loss = super().training_step(model, inputs, num_items_in_batch)
         if is_fresh and inputs["rollout"].last and self.ascent is not None:
-            self._ascend()
+            self._ascend(self.ascent)
         return loss
 
-    def _ascend(self) -> None:
+    def _ascend(self, ascent: DualAscent) -> None:
         sums = self._take_sums("dual", ("reward", "kl", "answers"))
         kl = sums["kl"] / sums["answers"] if self.needs_reference else None
-        self.ascent.update(sums["reward"] / sums["answers"], kl)
-        if self.ascent.infeasible and not self._warned:
+        ascent.update(sums["reward"] / sums["answers"], kl)
+        if ascent.infeasible and not self._warned:
             self._warned = True
-            warnings.warn(f"step {self.state.global_step}: {self.ascent.verdict()}.", stacklevel=2)
+            warnings.warn(f"step {self.state.global_step}: {ascent.verdict()}.", stacklevel=2)
 
     @torch.no_grad()
-    def prediction_step(self, model, inputs: list[Prompt], prediction_loss_only, ignore_keys=None):
+    def prediction_step(self, model, inputs: Any, prediction_loss_only, ignore_keys=None):
         """Answers to a batch of held-out prompts; minus their mean reward stands for the loss."""
         (batch,) = self._sampled([inputs])
         self.compute_loss(model, batch)
@@ -301,10 +308,10 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
     def resumable_after(self, step: int) -> bool:
         return step % self.args.num_iterations == 0
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As HeadTrainer.train. Says at the end if the constraints were not met."""
         self._rollouts = []
-        result = super().train(resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         ascent = self.ascent
         if ascent is not None and not (ascent.reward_held and ascent.kl_held) and not self._warned:
             warnings.warn(f"after {self.state.global_step} steps: {ascent.verdict()}.", stacklevel=2)
@@ -328,7 +335,7 @@ class RepeatedBlocks(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self.seed} {self.epoch}")
-        order = []
+        order: list[int] = []
         while len(order) < self.block:
             order += rng.sample(range(self.length), self.length)
         for start in range(0, len(order) - self.block + 1, self.block):

@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entropy_po.answers import Answers, answer_logps
+from entropy_po.objective import EntropyObjective
 from entropy_po.ops.linear_preference_loss import PreferenceOutput, linear_preference_loss
 from entropy_po.trainer.base import HeadTrainer, load_parts, pad_id
 from entropy_po.trainer.config import EntropyPOConfig
@@ -14,8 +16,8 @@ from entropy_po.trainer.data import PairCollator, PairDataset, load_rows, tokeni
 from entropy_po.trainer.reference_cache import attach_reference
 
 # Sums over pairs (first) and over tokens, kept on the device between two rows of metrics.
-_PER_PAIR = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-_PER_PAIR += ("logps/chosen", "logps/rejected", "length/chosen", "length/rejected")
+_PER_PAIR = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+             "logps/rejected", "length/chosen", "length/rejected")  # fmt: skip
 _SUMS = (*_PER_PAIR, "pairs", "entropy", "answer_tokens", "tokens")
 
 
@@ -44,6 +46,12 @@ class PreferenceTrainer(HeadTrainer):
         >>> args = EntropyPOConfig(output_dir="out", method="hdpo", alpha=0.8)         # doctest: +SKIP
         >>> PreferenceTrainer("smollm2-135m", args, "pairs.jsonl").train()             # doctest: +SKIP
     """
+
+    args: EntropyPOConfig
+    objective: EntropyObjective
+    train_dataset: Any  # of PairDataset, None where there is none
+    eval_dataset: Any  # the same, or a dict of them
+    data_collator: PairCollator
 
     def __init__(
         self,
@@ -109,7 +117,7 @@ class PreferenceTrainer(HeadTrainer):
             dataset,
             self.model,
             self._reference_logps,
-            folder=Path(self.args.ref_cache_dir or Path(self.args.output_dir) / "reference_logps"),
+            folder=Path(self.args.ref_cache_dir or self._folder / "reference_logps"),
             batch_size=2 * self.args.per_device_eval_batch_size,
             pad_token_id=self.data_collator.pad_token_id,
             accelerator=self.accelerator,

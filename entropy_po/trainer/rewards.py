@@ -4,6 +4,7 @@ import importlib
 import math
 import reprlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,14 @@ class Rewards:
     written for TRL's GRPOTrainer work as they are, unless they are coroutines.
 
     Args:
-        functions: callables, or import paths `module:name`.
+        functions: a callable or an import path `module:name`, or several.
         weights: one per function; None for 1 each.
     Raises:
         ValueError: no functions, another number of weights, a weight that is not finite, a path that is none.
         ImportError: a path whose module or name does not exist.
     """
 
-    def __init__(self, functions: Sequence[RewardFunction | str], weights: Sequence[float] | None = None):
+    def __init__(self, functions: Any, weights: Sequence[float] | None = None):
         if isinstance(functions, str) or callable(functions):
             functions = [functions]
         if (

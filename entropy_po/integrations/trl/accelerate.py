@@ -102,13 +102,13 @@ class _FusedHead:
                 "weight: the head is sharded by ZeRO-3, which accelerate_trl cannot read in its backward; use ZeRO-2 or "
                 "FSDP2, or restore_trl() before training."
             )
-        names = ["logps", *(ours for theirs, ours in _OUTPUTS.items() if theirs in outputs)]
+        names: Any = ("logps", *(ours for theirs, ours in _OUTPUTS.items() if theirs in outputs))
         stats = linear_token_stats(
             hidden,
             weight.to(hidden.dtype),  # cast_lm_head_to_fp32 hands over fp32 hidden states and the model's own weight
             targets,
             bias=None if bias is None else bias.to(hidden.dtype),
-            outputs=tuple(names),
+            outputs=names,
             temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ class QEMPOGRPOConfig(DualArguments, GRPOConfig):
     @property
     def entropy_objective(self) -> EntropyObjective:
         """The (a, b) objective of lam and mu as given."""
-        return EntropyObjective.qempo_kl(self.lam, self.mu)
+        assert self.lam is not None  # checked when it was made
+        return EntropyObjective.qempo_kl(self.lam, self.mu or 0.0)
 
     @property
     def needs_reference(self) -> bool:
@@ -90,6 +92,11 @@ class QEMPOGRPOTrainer(SavesAscent, GRPOTrainer):
     Source: arXiv 2602.15894; its own online surrogate could not be read, so this follows from the objective.
     """
 
+    args: QEMPOGRPOConfig
+    model: Any
+    num_generations: int
+    _logs: dict[str, Any]
+
     def __init__(self, model, reward_funcs=None, args: QEMPOGRPOConfig | None = None, *more, **kwargs):
         if not isinstance(args, QEMPOGRPOConfig):
             raise ValueError(
@@ -102,8 +109,8 @@ class QEMPOGRPOTrainer(SavesAscent, GRPOTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         args.beta = 0.0
 
-    @property
-    def objective(self) -> EntropyObjective:
+    @property  # where transformers keeps what a hyperparameter search asks for
+    def objective(self) -> EntropyObjective:  # type: ignore[override]
         """The (a, b) that the next samples are weighed with."""
         return self.args.entropy_objective if self.ascent is None else self.ascent.objective
 

@@ -1,7 +1,8 @@
 """H-DPO and QEMPO on TRL's DPOTrainer: its data, adapters, references and loops, with the loss of this library."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -112,6 +113,9 @@ class PairTrainer(DPOTrainer):
     """
 
     config_class: type[PairConfig]
+    args: PairConfig
+    model: Any
+    objective: EntropyObjective
 
     def __init__(self, model, ref_model=None, args: PairConfig | None = None, data_collator=None, **kwargs):
         if not isinstance(args, self.config_class):
@@ -121,6 +125,7 @@ class PairTrainer(DPOTrainer):
         self.objective = args.entropy_objective
         needs_reference, precompute = self.objective.needs_reference, args.precompute_ref_log_probs
         if not needs_reference:
+            assert isinstance(args, QEMPOConfig) and args.lam is not None  # H-DPO has a reference
             if ref_model is not None or args.sync_ref_model:
                 raise ValueError(
                     f"ref_model and sync_ref_model are not read where mu=0; leave them out (lam={args.lam:g})."
@@ -142,13 +147,13 @@ class PairTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model, inputs) -> tuple[Tensor, Tensor]:
         """(chosen [B], rejected [B]) of a batch of TRL's collator, nats, without gradient."""
-        adapter = nullcontext()
+        adapter: AbstractContextManager[Any] = nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
         with (
             torch.no_grad(),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),  # type: ignore[arg-type]
             adapter,
             self.accelerator.autocast(),
         ):
@@ -183,7 +188,7 @@ class PairTrainer(DPOTrainer):
                 strategy=self.args.strategy,
             )
         loss = output.loss
-        if self.aux_loss_enabled:
+        if answers.aux_loss is not None and self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * answers.aux_loss.to(loss.device)
         self._record(inputs, output, answers.aux_loss if self.aux_loss_enabled else None)
         if not return_outputs:
