@@ -57,7 +57,7 @@ def cpu(long: bool) -> dict[str, list[Row]]:
             for dtype in (FP32, BF16) for trained in (True, False) if trained or n < 16384
         ]  # fmt: skip
     step = [Row(StepCase(), (OURS, "eager"), SLOW)]
-    scaling = [Row(case, (OURS, "eager", "TRL")) for case in SCALED]
+    scaling = [Row(case, (OURS, "eager", "TRL"), SLOW) for case in SCALED]
     return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair, "step": step, "scaling": scaling}
 
 
@@ -74,6 +74,7 @@ def cuda(quick: bool) -> dict[str, list[Row]]:
         [Row(Case(path, *shape, BF16, trained, device=device)) for shape in shapes for trained in (True, False)]
         for path in ("hidden", "nll", "pair")
     )
+    hidden += [Row(Case("hidden", *shape, BF16, trained=False, entropy=False, device=device)) for shape in shapes]
     if not quick:
         pair += [Row(Case("pair", n, 151936, 4096, BF16, device=device), (OURS,), 3) for n in (32768, 131072)]
     return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair}

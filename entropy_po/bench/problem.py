@@ -19,6 +19,7 @@ FLOOR_BYTES = 4 << 30  # of logits that the bare products may hold at a time
 TRUTH_ROWS = 128  # of logits in fp64 at a time
 TRUTH_FLOPS = 3e12  # above it, gradients are checked on SAMPLED rows of the hidden states only
 SAMPLED = 64
+TRUTH_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,18 @@ class Problem:
         case, parts = self.case, list(slices(0, self.case.n, TRUTH_ROWS))
         exact = [x.detach().double() for x in self.tensors]
 
+        kept: dict[int, Tensor] = {}  # from the outputs to the gradients, where that is no more than TRUTH_BYTES
+
         def log_p(rows: slice) -> Tensor:
+            if rows.start in kept:
+                return kept.pop(rows.start)
             logits = exact[0][rows] if case.path == "logits" else exact[0][rows] @ exact[1].t()
             return logits.log_softmax(-1)
 
         def stats(rows: slice) -> tuple[Tensor, Tensor]:
             x = log_p(rows)
+            if case.backward and case.n * case.v * x.element_size() <= TRUTH_BYTES:
+                kept[rows.start] = x
             return x.gather(1, self.labels[rows, None])[:, 0], -(x.exp() * x).sum(-1)
 
         logps, entropy = (torch.cat(x).requires_grad_() for x in zip(*(stats(rows) for rows in parts), strict=True))
