@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from entropy_po.bench.implementations import OURS
-from entropy_po.plan import DEFAULT_CPU_SEQUENCE_WORKSPACE
+from entropy_po.plan import DEFAULT_CPU_SEQUENCE_WORKSPACE, DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE
 
 RECOMPUTE = f"{OURS} recompute"
 
@@ -30,7 +30,7 @@ def bars(report: dict) -> list[Bar]:
         by_name = {who["name"]: who for who in row["who"]}
         if OURS in by_name and row["suite"] in PROMISES:
             found += PROMISES[row["suite"]](row, by_name, on_cpu)
-    return found + list(_memory(report["memory"]))
+    return found + list(_memory(report["memory"], on_cpu))
 
 
 def _logits(row: dict, who: dict, on_cpu: bool) -> Iterator[Bar]:
@@ -77,15 +77,14 @@ def beside(row: dict) -> int:
     return max(row["forward"], row["backward"]) - row["results"]
 
 
-def _memory(rows: list[dict]) -> Iterator[Bar]:
-    ours = [row for row in rows if row["who"] == OURS and "error" not in row]
-    pairs = [row for row in ours if row["path"] == "pair"]
-    for row in pairs:
-        limit = (DEFAULT_CPU_SEQUENCE_WORKSPACE >> 20) + 32
-        yield Bar(f"{row['case']}: peak beside inputs and gradients, MiB", beside(row) / 2**20, limit)
-    hidden = sorted((row for row in ours if row["path"] == "hidden"), key=lambda row: row["n"])
-    if len(hidden) > 1:
-        # per row: 7 fp32 of state and outputs, and two upstream gradients
-        short, long = (beside(row) - row["n"] * 4 * 9 for row in (hidden[0], hidden[-1]))
-        name = f"linear_token_stats, N {hidden[-1]['n']} over N {hidden[0]['n']}: peak beside gradients and outputs"
-        yield Bar(name, long / short, 1.10)
+def _memory(rows: list[dict], on_cpu: bool) -> Iterator[Bar]:
+    """The default budgets, whatever the number of tokens; that of a pair on a GPU depends on what is free there."""
+    for row in (row for row in rows if row["who"] == OURS and "error" not in row):
+        if row["path"] == "hidden":
+            # per row 7 fp32 of state and outputs, and two upstream gradients
+            name = f"linear_token_stats, {row['case']}: peak beside gradients and outputs, MiB"
+            budget = DEFAULT_CPU_WORKSPACE if on_cpu else DEFAULT_CUDA_WORKSPACE
+            yield Bar(name, (beside(row) - row["n"] * 4 * 9) / 2**20, 1.1 * (budget >> 20))
+        elif on_cpu:
+            name = f"{row['case']}: peak beside inputs and gradients, MiB"
+            yield Bar(name, beside(row) / 2**20, (DEFAULT_CPU_SEQUENCE_WORKSPACE >> 20) + 32)
