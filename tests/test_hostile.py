@@ -239,7 +239,7 @@ def hostile_values(name, valid):
         yield from ((repr(value), value) for value in STRANGE_OUTPUTS)
     elif name == "cu_seqlens":
         yield from ((str(i), value) for i, value in enumerate(STRANGE_OFFSETS))
-    elif name in ("backend", "strategy", "reduction", "loss", "vocab_group", "sequence_group", "inplace_backward"):
+    elif name in ("backend", "strategy", "reduction", "loss", "vocab_group", "sequence_group", "inplace_backward", "expect_entropy_grad"):  # fmt: skip
         yield from ((repr(value), value) for value in STRANGE_WORDS)
     elif name in ("objective", "loss_fn"):
         yield from (

@@ -167,7 +167,8 @@ def test_dpo_is_the_same_accelerated(name, paths, tmp_path, operator_calls):
     ours = run(make_trainer(trl.DPOTrainer, trl.DPOConfig, tmp_path / "ours", load(path), adapter, **options))
     steps = 3 * options.get("gradient_accumulation_steps", 1)
     assert operator_calls["linear_token_stats"] >= 2 * steps
-    assert operator_calls["linear_token_stats_backward"] == steps
+    # a frozen head's gradients are made in the forward
+    assert operator_calls["linear_token_stats_backward"] == (0 if adapter else steps)
     assert_same_run(ours, theirs)
     assert {"logits/chosen", "mean_token_accuracy", "entropy"} <= ours[0][0].keys()
 
@@ -321,7 +322,8 @@ def test_grpo_is_the_same_accelerated(name, paths, tmp_path, operator_calls):
     assert not operator_calls
     accelerate_trl()
     ours = run(make_online(trl.GRPOTrainer, trl.GRPOConfig, tmp_path / "ours", load(path), adapter, **options))
-    assert operator_calls["linear_token_stats_backward"] == 3 * options.get("gradient_accumulation_steps", 1)
+    steps = 3 * options.get("gradient_accumulation_steps", 1)
+    assert operator_calls["linear_token_stats_backward"] == (0 if adapter else steps)
     assert_same_run(ours, theirs, left_out=ONLINE_UNLIKE)
 
 

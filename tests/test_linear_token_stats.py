@@ -136,16 +136,16 @@ def test_frozen_head_takes_two_products(dtype, workspace, case, poisoned, tiles_
     options = {"temperature": torch.rand(n) + 0.5} if OPTIONS[case] == "rows" else OPTIONS[case]
     hidden.requires_grad_()
     ours = linear_token_stats(
-        hidden, weight, labels, bias=bias, outputs=("logps",), workspace_bytes=workspace, **options
-    ).logps
+        hidden, weight, labels, bias=bias, outputs=ALL, workspace_bytes=workspace, expect_entropy_grad=False, **options
+    )
     exact_hidden = hidden.detach().double().requires_grad_()
-    exact = oracles.stats(exact_hidden @ weight.double().t(), labels, bias=bias.double(), **options)[0]
-    assert (ours.double() - exact).abs().max() <= (1e-10 if dtype == torch.float64 else 1e-5)
+    exact = oracles.stats(exact_hidden @ weight.double().t(), labels, bias=bias.double(), **options)
+    oracles.assert_stats(ours, [e.detach() for e in exact], 1e-10 if dtype == torch.float64 else 1e-5)
     g = torch.randn(n)
-    exact.backward(g.double())
+    exact[0].backward(g.double())
     g[labels == -100] = torch.nan  # never read
     for graph_again in (True, False):
-        (gradient,) = torch.autograd.grad(ours, hidden, g.to(ours), retain_graph=graph_again)
+        (gradient,) = torch.autograd.grad(ours.logps, hidden, g.to(ours.logps), retain_graph=graph_again)
         oracles.assert_gradient(gradient, exact_hidden.grad, upstream=1e-3, slack=2)
     kept = int((labels != -100).sum())
     assert sum(rows * cols for rows, cols in tiles_made) == kept * v
@@ -157,14 +157,32 @@ def test_frozen_head_takes_two_products(dtype, workspace, case, poisoned, tiles_
     [
         (1, {"outputs": ("logps",)}),
         (2, {"outputs": ("logps",), "workspace_bytes": 300_000}),
-        (2, {"outputs": ("logps", "lse")}),
+        (1, {"outputs": ("logps", "lse")}),
+        (1, {"expect_entropy_grad": False}),
         (2, {}),
+        (2, {"outputs": ("entropy",), "expect_entropy_grad": False}),
     ],
 )
 def test_how_often_the_logits_of_a_frozen_head_are_made(times, options, tiles_made):
     hidden, weight, _, labels = problem(300, 24, 1003, torch.float32)
-    linear_token_stats(hidden.requires_grad_(), weight, labels, **options).logps.sum().backward()
+    stats = linear_token_stats(hidden.requires_grad_(), weight, labels, **options)
+    (stats.entropy if stats.logps is None else stats.logps).sum().backward()
     assert sum(rows * cols for rows, cols in tiles_made) == times * 300 * 1003
+
+
+def test_an_entropy_gradient_that_was_not_expected_is_right():
+    hidden, weight, _, labels = problem(300, 24, 1003, torch.float32)
+    labels[::7] = -100
+    hidden.requires_grad_()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    logps, entropy, *_ = oracles.stats(exact_hidden @ weight.double().t(), labels)
+    g = torch.randn(2, 300)
+    for both in (True, False):
+        stats = linear_token_stats(hidden, weight, labels, expect_entropy_grad=False)
+        (gradient,) = torch.autograd.grad(stats.entropy @ g[1] + both * (stats.logps @ g[0]), hidden)
+        loss = entropy @ g[1].double() + both * (logps @ g[0].double())
+        (truth,) = torch.autograd.grad(loss, exact_hidden, retain_graph=True)
+        oracles.assert_gradient(gradient, truth, upstream=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

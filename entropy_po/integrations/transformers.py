@@ -56,7 +56,7 @@ def fuse_lm_head(
         model: a causal language model of transformers, or a PeftModel around one, not yet wrapped by FSDP2 or DDP. Changed in
             place, and again with other arguments by a second call; `unfuse_lm_head` undoes it.
         outputs: "logps", and "entropy" where it is wanted; an output that is not named costs nothing. With a frozen head (LoRA)
-            log-probs alone take two vocabulary products, with entropies three.
+            log-probs alone take two vocabulary products a step, with entropies three.
         temperature: divides the logits of every fused call, the loss included.
         workspace_bytes: as in `linear_token_stats`.
         check: compare logits and loss with the model's own on a few tokens first; False where the weights are not whole yet.

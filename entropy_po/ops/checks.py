@@ -102,6 +102,11 @@ def check_values(labels: Tensor, vocab_size: int, ignore_index: int, row_tempera
             )
 
 
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False.")
+
+
 def check_int(name: str, value: int, remedy: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}={reprlib.repr(value)} must be an int of 64 bits; {remedy}.")

@@ -22,7 +22,7 @@ from entropy_po.plan import (
     plan_tiles,
     rows_of_logits,
 )
-from entropy_po.types import Level, OutputName, TokenStats, new_state, state_dtype, stats_from_state
+from entropy_po.types import STATE_ROWS, Level, OutputName, TokenStats, new_state, state_dtype, stats_from_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _INPUTS = "Tensor hidden_states, Tensor weight, Tensor? bias, Tensor labels"
 schema.LIBRARY.define(
-    f"linear_token_stats({_INPUTS}, {schema.OPTIONS}, int workspace_bytes, bool ahead) -> ({schema.STATS}, Tensor)"
+    f"linear_token_stats({_INPUTS}, {schema.OPTIONS}, int workspace_bytes, bool ahead) -> ({schema.STATS}, Tensor, Tensor)"
 )
 schema.LIBRARY.define(
     f"linear_token_stats_backward(Tensor? grad_logps, Tensor? grad_entropy, {_INPUTS}, Tensor state, {schema.OPTIONS}, "
@@ -54,6 +54,7 @@ def linear_token_stats(
     keep_mask: Tensor | None = None,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
+    expect_entropy_grad: bool = True,
     vocab_group: ProcessGroup | None = None,
     backend: BackendName | None = None,
 ) -> TokenStats:
@@ -66,10 +67,10 @@ def linear_token_stats(
     evaluated tile by tile: no tensor with a token and a vocabulary axis outlives a tile. The backward recomputes the
     tiles: four vocabulary products in all, three when the weight is frozen.
 
-    Two, where it is frozen and outputs=("logps",): a row's gradient is then d logps[i] / d h_i times one number, so it is
-    made while the row's logits are there, kept [N, D] in place of the hidden states, and multiplied by that number in the
-    backward. (Not over a vocab_group, nor in deterministic mode, nor on a budget of fewer rows of logits than
-    `entropy_po.plan.MIN_TILE_ROWS`.) A forward that no backward will follow costs one product under torch.no_grad().
+    Two, where it is frozen and only log-probs will have a gradient: a row's is then d logps[i] / d h_i times one number, so
+    it is made while the row's logits are there, kept [N, D] and multiplied by that number in the backward. (Not over a
+    vocab_group, nor in deterministic mode, nor on a budget of fewer rows of logits than `entropy_po.plan.MIN_TILE_ROWS`.)
+    A forward that no backward will follow costs one product under torch.no_grad().
 
     Args:
         hidden_states: [N, D], fp32 / bf16 / fp16 / fp64, last dimension contiguous (copied otherwise).
@@ -80,6 +81,8 @@ def linear_token_stats(
         workspace_bytes: bound on the tile and what goes with it; None for 1 GiB on a GPU and 256 MiB on a CPU, where more than
             32 MiB is used for whole rows only, of a frozen head's log-probs. Beside it live the inputs, the gradients,
             and fp32 sums of those gradients where tiles are added into them.
+        expect_entropy_grad: whether a gradient of `entropy` will come, where it is among the outputs. Say False where it is a
+            metric: with a frozen head that is two products and not three. One that comes all the same is right, at four.
         vocab_group: the ranks that split the vocabulary, None for none. Each calls this, forward and backward, with the same
             hidden states and labels, and with weight [V_r, D], bias [V_r] and keep_mask [..., V_r] of its own ids: those
             that follow the shards of the ranks before it. Shards may differ in size; padding leaves by keep_mask. weight
@@ -107,14 +110,20 @@ def linear_token_stats(
         >>> (-stats.logps - 0.01 * stats.entropy).mean().backward()
     """
     outputs = checks.check_outputs(outputs)
+    checks.check_bool("expect_entropy_grad", expect_entropy_grad)
     weight, bias = parallel.local_shards(vocab_group, weight=weight, bias=bias)
     hidden_states, weight, transform = checks.check_linear(
         hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
-    ahead = outputs == ("logps",) and vocab_group is None and _only_hidden_states(hidden_states, weight, bias)
     if workspace_bytes is None:
         workspace_bytes = DEFAULT_CUDA_WORKSPACE if hidden_states.is_cuda else DEFAULT_CPU_SEQUENCE_WORKSPACE
-    ahead = ahead and _rows_enough(hidden_states, weight, int(workspace_bytes))
+    only_logps = "logps" in outputs and not ("entropy" in outputs and expect_entropy_grad)
+    ahead = (
+        only_logps
+        and vocab_group is None
+        and _only_hidden_states(hidden_states, weight, bias)
+        and _rows_enough(hidden_states, weight, int(workspace_bytes))
+    )
     options = schema.flat_options(transform, ignore_index, outputs, backend, vocab_group)
     results = torch.ops.entropy_po.linear_token_stats(
         hidden_states, weight, bias, labels, *options, int(workspace_bytes), ahead
@@ -216,8 +225,8 @@ def gradients(
     )
 
 
-def _logps_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Tensor]:
-    """logps [K] of the kept rows, and d logps[i] / d hidden_states[i] [N, D]: one pass over the logits, two products."""
+def _fold_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Tensor]:
+    """The row state as `fold`'s, and d logps[i] / d hidden_states[i] [N, D]: one pass over the logits, two products."""
     max_rows, weight_cols = rows_of_logits(
         head.vocab_size,
         head.dim,
@@ -227,37 +236,39 @@ def _logps_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Ten
     )
     tiles = RowTiles(head, weight_cols)
     sums = GradientSums(tiles, [True, False, False], num_tiles=1)
+    state = head.hidden.new_zeros((STATE_ROWS[head.level], head.num_rows), dtype=head.arithmetic)
     for rows in even_slices(0, head.num_kept, max_rows):
-        hidden, tile, state = tiles.fold(rows)
-        gradient = head.grad_(tile, rows, tiles.all_cols, state, torch.ones_like(state[0]), None)
+        hidden, tile, state[:, rows] = tiles.fold(rows)
+        upstream = torch.ones_like(state[0, rows])
+        gradient = head.grad_(tile, rows, tiles.all_cols, state[:, rows], upstream, None)
         sums.add(rows, gradient, hidden, sums.vocab)
-    return tiles.logps, sums.finish()[0]
+    return state, sums.finish()[0]
 
 
 def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *options, workspace_bytes, ahead = rest
     head = LmHead(hidden, weight, bias, labels, tuple(options))
-    results = schema.empty_stats(0, [], hidden)
     if ahead:
-        logps, gradient = _logps_and_gradient(head, workspace_bytes)
-        return head.scatter(logps), *results[1:], gradient
-    state = fold(head, workspace_bytes)
+        state, gradient = _fold_and_gradient(head, workspace_bytes)
+    else:
+        state, gradient = fold(head, workspace_bytes), hidden.new_empty(0)
+    results = schema.empty_stats(0, [], hidden)
     for i, value in enumerate(stats_from_state(state[:, : head.num_kept], tuple(options[6]))):
         if value is not None:
             results[i] = head.scatter(value)
-    return *results, state
+    return *results, state, gradient
 
 
 def _fake_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     outputs, ahead = options[6], options[-1]
+    rows = STATE_ROWS[Level.for_outputs(tuple(outputs))]
+    state = hidden.new_empty((rows, hidden.shape[0]), dtype=state_dtype(hidden.dtype))
+    gradient = hidden.new_empty(0)
     if ahead:
-        saved = torch.empty(hidden.shape, dtype=sequences.held_dtype(hidden.dtype), device=hidden.device)
-    else:
-        rows = new_state(0, Level.for_outputs(tuple(outputs)), hidden).shape[0]
-        saved = hidden.new_empty((rows, hidden.shape[0]), dtype=state_dtype(hidden.dtype))
-    return *schema.empty_stats(hidden.shape[0], outputs, hidden), saved
+        gradient = torch.empty(hidden.shape, dtype=sequences.held_dtype(hidden.dtype), device=hidden.device)
+    return *schema.empty_stats(hidden.shape[0], outputs, hidden), state, gradient
 
 
 def _backward(
@@ -289,10 +300,11 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, row_temperature, keep_mask, *rest, ahead = inputs
     ctx.set_materialize_grads(False)
-    inputs_kept = (labels,) if ahead else (hidden, weight, bias, labels, row_temperature, keep_mask)
-    ctx.save_for_backward(*inputs_kept, output[-1])
-    ctx.mark_non_differentiable(*output[2:])
     ctx.options, ctx.ahead, ctx.dtype = rest, ahead, hidden.dtype
+    if ahead and "entropy" not in ctx.options[4]:
+        hidden = None  # not held: its gradient is
+    ctx.save_for_backward(hidden, weight, bias, labels, row_temperature, keep_mask, *output[-2:])
+    ctx.mark_non_differentiable(*output[2:])
 
 
 def _autograd(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -301,12 +313,11 @@ def _autograd(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, 
     if not any(needs) or (grad_logps is None and grad_entropy is None):
         return none
     schema.refuse_second_order("linear_token_stats")
-    if ctx.ahead:
-        assert grad_logps is not None  # no other output was asked for
-        labels, gradient = ctx.saved_tensors
+    hidden, weight, bias, labels, row_temperature, keep_mask, state, gradient = ctx.saved_tensors
+    if ctx.ahead and grad_entropy is None:
+        assert grad_logps is not None
         upstream = grad_logps.masked_fill(labels == ctx.options[3], 0)  # an ignored row's may be anything
         return sequences.scaled(gradient, upstream[:, None], ctx.dtype), *none[1:]
-    hidden, weight, bias, labels, row_temperature, keep_mask, state = ctx.saved_tensors
     grads = torch.ops.entropy_po.linear_token_stats_backward(
         grad_logps, grad_entropy, hidden, weight, bias, labels, state, row_temperature, keep_mask, *ctx.options, needs
     )

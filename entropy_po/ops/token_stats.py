@@ -89,8 +89,7 @@ def token_stats(
             f"logits has shape {tuple(logits.shape)}; the last dimension is the vocabulary and needs an entry."
         )
     checks.check_labels(labels, logits.shape[:-1], logits.device)
-    if not isinstance(inplace_backward, bool):
-        raise ValueError(f"inplace_backward={inplace_backward!r} must be True or False.")
+    checks.check_bool("inplace_backward", inplace_backward)
     rows = logits if logits.ndim > 1 else logits[None]
     if rows.stride(-1) != 1 or (inplace_backward and _rows_overlap(rows)):
         rows = rows.contiguous()

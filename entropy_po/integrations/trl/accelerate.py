@@ -109,6 +109,7 @@ class _FusedHead:
             targets,
             bias=None if bias is None else bias.to(hidden.dtype),
             outputs=names,
+            expect_entropy_grad=False,  # a metric, unless GRPO's entropy_coef is set
             temperature=temperature,
             softcap=softcap,
             logit_scale=logit_scale,
