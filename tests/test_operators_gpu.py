@@ -66,6 +66,21 @@ def test_linear_token_stats(backend, dtype, workspace):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_frozen_head_with_entropy_as_a_metric(backend, dtype):
+    hidden, weight, bias, labels = problem(dtype)
+    hidden.requires_grad_()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    ours = linear_token_stats(hidden, weight, labels, bias=bias, expect_entropy_grad=False, backend=backend)
+    exact = oracles.stats(exact_hidden @ weight.double().t(), labels, bias=bias.double())
+    oracles.assert_stats(ours, [e.detach() for e in exact], 2e-5)
+    g = torch.randn(N, device="cuda")
+    ours.logps.backward(g)
+    exact[0].backward(g.double())
+    oracles.assert_gradient(hidden.grad, exact_hidden.grad, upstream=g.norm(), slack=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
 @pytest.mark.parametrize("nll_coef", [0.0, 0.3])
 def test_linear_preference_loss(backend, dtype, strategy, nll_coef):
