@@ -63,8 +63,8 @@ def answer_token_logps(model: nn.Module, batch: Mapping[str, Tensor], **options:
     takes it; `options` of `linear_token_stats`: temperature, workspace_bytes."""
     answers = Answers.of(model, batch)
 
-    def per_token(hidden_states: Tensor, weight: Tensor, labels: Tensor, _: Tensor, **options: Any) -> TokenStats:
-        return linear_token_stats(hidden_states, weight, labels, outputs=("logps",), **options)
+    def per_token(hidden_states: Tensor, weight: Tensor, labels: Tensor, _: Tensor, **given: Any) -> TokenStats:
+        return linear_token_stats(hidden_states, weight, labels, outputs=("logps",), **given)
 
     logps = answers.loss(per_token, **options).logps
     return logps, answers.cu_seqlens.diff().to(logps.device)

@@ -110,6 +110,10 @@ CUDA_WORKSPACE_SHARE = 0.25  # of the memory that is free when the call begins
 # again in square tiles costs one product more. On a CPU the two are even below 100 rows, with a trained head as with
 # a frozen one (`python -m benchmarks.tile_rows`); the GPU's number is an estimate from its FLOPs per byte.
 MIN_TILE_ROWS = {"cpu": 100, "cuda": 1024}
+MIN_FROZEN_TILE_ROWS = {
+    "cpu": 100,
+    "cuda": 512,
+}  # where no sum of dW is, and the choice is between two products and three
 
 
 class Choice(NamedTuple):
@@ -176,7 +180,7 @@ def rows_of_logits(
         weight_cols = min(v, max(MIN_TILE_SIDE, workspace_bytes // 8 // (element * max(d, 1))))
         budget -= weight_cols * element * d
     row_bytes = element * max(v + 2 * d, 1)  # logits; hidden states as they are multiplied; one product
-    return max(budget, 0) // row_bytes, weight_cols
+    return max(budget, 0) // row_bytes, max(weight_cols, 1)
 
 
 def plan_sequences(

@@ -28,10 +28,11 @@ def test_opcheck(rows, softcap):
     ops = torch.ops.entropy_po
     for trained in ((True, True, True), (True, False, False), (False, False, False)):
         torch.library.opcheck(ops.linear_token_stats, (*inputs(trained), *opts, 1 << 20, False))
-    ahead = [*opts, 1 << 20, True]
     # not "test_aot_dispatch_dynamic", which compares outputs after a backward: it scales the gradient that was returned
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
-    torch.library.opcheck(ops.linear_token_stats, (*inputs((True, False, False)), *ahead), test_utils=checks)
+    for outputs in (["logps"], ["logps", "entropy"]):
+        ahead = [*opts[:6], outputs, *opts[7:], 1 << 20, True]
+        torch.library.opcheck(ops.linear_token_stats, (*inputs((True, False, False)), *ahead), test_utils=checks)
     logits, labels = torch.randn(N, V, requires_grad=True), torch.randint(V, (N,))
     torch.library.opcheck(ops.token_stats, (logits, labels, *opts, False))
     plain = [x.detach() for x in inputs()]

@@ -16,7 +16,7 @@ from entropy_po.plan import (
     DEFAULT_CPU_SEQUENCE_WORKSPACE,
     DEFAULT_CPU_WORKSPACE,
     DEFAULT_CUDA_WORKSPACE,
-    MIN_TILE_ROWS,
+    MIN_FROZEN_TILE_ROWS,
     TilePlan,
     even_slices,
     plan_tiles,
@@ -67,10 +67,10 @@ def linear_token_stats(
     evaluated tile by tile: no tensor with a token and a vocabulary axis outlives a tile. The backward recomputes the
     tiles: four vocabulary products in all, three when the weight is frozen.
 
-    Two, where it is frozen and only log-probs will have a gradient: a row's is then d logps[i] / d h_i times one number, so
+    Two, where weight and bias are frozen and only log-probs will have a gradient: a row's is then d logps[i] / d h_i times one number, so
     it is made while the row's logits are there, kept [N, D] and multiplied by that number in the backward. (Not over a
-    vocab_group, nor in deterministic mode, nor on a budget of fewer rows of logits than `entropy_po.plan.MIN_TILE_ROWS`.)
-    A forward that no backward will follow costs one product under torch.no_grad().
+    vocab_group, nor in deterministic mode, nor on a budget that holds fewer than 100 rows of logits, on a GPU 512.) A
+    forward that no backward will follow costs one product under torch.no_grad().
 
     Args:
         hidden_states: [N, D], fp32 / bf16 / fp16 / fp64, last dimension contiguous (copied otherwise).
@@ -82,7 +82,8 @@ def linear_token_stats(
             32 MiB is used for whole rows only, of a frozen head's log-probs. Beside it live the inputs, the gradients,
             and fp32 sums of those gradients where tiles are added into them.
         expect_entropy_grad: whether a gradient of `entropy` will come, where it is among the outputs. Say False where it is a
-            metric: with a frozen head that is two products and not three. One that comes all the same is right, at four.
+            metric: with a frozen head that is two products and not three. One that comes all the same is right, at four; so is,
+            under torch.compile, an entropy that leaves the compiled function without detach().
         vocab_group: the ranks that split the vocabulary, None for none. Each calls this, forward and backward, with the same
             hidden states and labels, and with weight [V_r, D], bias [V_r] and keep_mask [..., V_r] of its own ids: those
             that follow the shards of the ranks before it. Shards may differ in size; padding leaves by keep_mask. weight
@@ -101,7 +102,7 @@ def linear_token_stats(
 
     Numerics:
         Tile values and sums are fp32 whatever the operands are. With bf16 operands the tile's gradient is rounded to
-        bf16 once, for the two products that follow. On a CPU under torch.use_deterministic_algorithms, a row's values have
+        bf16 once, for the two products that follow, as is a gradient that is kept for the backward. On a CPU under torch.use_deterministic_algorithms, a row's values have
         the same bits in any batch.
 
     Example:
@@ -143,9 +144,12 @@ def _rows_enough(hidden: Tensor, weight: Tensor, workspace_bytes: int) -> bool:
     if torch.are_deterministic_algorithms_enabled():
         return False
     rows, _ = rows_of_logits(
-        *weight.shape, element=state_dtype(hidden.dtype).itemsize, converts=True, workspace_bytes=workspace_bytes
+        *weight.shape,
+        element=state_dtype(hidden.dtype).itemsize,
+        converts=hidden.dtype == torch.float16 or not hidden.is_cuda,  # at most: gemm knows, and cannot be traced
+        workspace_bytes=workspace_bytes,
     )
-    return rows >= MIN_TILE_ROWS["cuda" if hidden.is_cuda else "cpu"]
+    return rows >= MIN_FROZEN_TILE_ROWS["cuda" if hidden.is_cuda else "cpu"]
 
 
 def _plan(head: LmHead, workspace_bytes: int) -> TilePlan:
@@ -301,15 +305,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, bias, labels, row_temperature, keep_mask, *rest, ahead = inputs
     ctx.set_materialize_grads(False)
     ctx.options, ctx.ahead, ctx.dtype = rest, ahead, hidden.dtype
-    if ahead and "entropy" not in ctx.options[4]:
-        hidden = None  # not held: its gradient is
-    ctx.save_for_backward(hidden, weight, bias, labels, row_temperature, keep_mask, *output[-2:])
     ctx.mark_non_differentiable(*output[2:])
+    *_, state, gradient = output
+    if ahead and "entropy" not in ctx.options[4]:  # no logits will be made again
+        ctx.save_for_backward(None, None, None, labels, None, None, None, gradient)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, labels, row_temperature, keep_mask, state, gradient)
 
 
 def _autograd(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     none = (None,) * (len(ctx.options) + 7)
+    if "entropy" not in ctx.options[4]:
+        grad_entropy = None  # tracing makes one of the empty output
     if not any(needs) or (grad_logps is None and grad_entropy is None):
         return none
     schema.refuse_second_order("linear_token_stats")
@@ -317,7 +325,7 @@ def _autograd(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, 
     if ctx.ahead and grad_entropy is None:
         assert grad_logps is not None
         upstream = grad_logps.masked_fill(labels == ctx.options[3], 0)  # an ignored row's may be anything
-        return sequences.scaled(gradient, upstream[:, None], ctx.dtype), *none[1:]
+        return sequences.rows_scaled(gradient, upstream, ctx.dtype), *none[1:]
     grads = torch.ops.entropy_po.linear_token_stats_backward(
         grad_logps, grad_entropy, hidden, weight, bias, labels, state, row_temperature, keep_mask, *ctx.options, needs
     )

@@ -92,7 +92,7 @@ def sequence_loss(
     a sequence alone, 0 for a token alone. `loss_fn` is called with some whole groups at a time and returns the sum of
     their terms; where their logits fit the budget its derivatives are taken while the logits are there: three products, two
     with a frozen head. Otherwise it is called once with everything, and the logits are computed again: one more product,
-    except with a frozen head and log-probs alone (`linear_token_stats`).
+    except with a frozen head and log-probs alone on a budget of enough rows (`linear_token_stats`).
 
     Args:
         hidden_states, weight, labels, cu_seqlens: as in `linear_preference_loss`; [S + 1] offsets, any number of sequences.

@@ -119,7 +119,7 @@ class HeadTrainer(Trainer):
 
     @property
     def _folder(self) -> Path:
-        return Path(self.args.output_dir or ".")  # transformers has put its default in the place of None
+        return Path(str(self.args.output_dir))  # transformers has put its default in the place of None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; under FSDP a finished model is written whole, also where checkpoints are shards."""

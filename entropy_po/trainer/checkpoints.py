@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from entropy_po.dual import DualAscent
@@ -57,7 +56,7 @@ def checkpoint_fault(folder: Path) -> str | None:
 
 
 if TYPE_CHECKING:
-    _OfTrainer = Trainer
+    from transformers import Trainer as _OfTrainer
 else:
     _OfTrainer = object
 
@@ -70,7 +69,7 @@ class SavesAscent(_OfTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.ascent is not None and self.args.should_save:
-            path = Path(output_dir or self.args.output_dir or ".") / DUAL_FILE
+            path = Path(output_dir or str(self.args.output_dir)) / DUAL_FILE
             path.write_text(json.dumps(self.ascent.state()) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

@@ -185,6 +185,7 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
         heads = [prompt.ids for prompt in prompts for _ in range(args.num_generations)]
         rows = [(np.array(head + answer), len(head)) for head, answer in zip(heads, answers, strict=True)]
         device = self.accelerator.device
+        assert args.epsilon_high is not None  # epsilon in the place of None
         batch: dict[str, Any] = {name: x.to(device) for name, x in pad_rows(rows, self.pad_token_id).items()}
         batch["rollout"] = Rollout(
             objective=self.objective,
@@ -196,7 +197,7 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
             estimator=args.estimator,
             level=args.importance_sampling_level,
             epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high or args.epsilon,
+            epsilon_high=args.epsilon_high,
         )
         return batch
 

@@ -4,7 +4,6 @@ import importlib
 import math
 import reprlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,11 @@ class Rewards:
         ImportError: a path whose module or name does not exist.
     """
 
-    def __init__(self, functions: Any, weights: Sequence[float] | None = None):
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction | str] | RewardFunction | str | None,
+        weights: Sequence[float] | None = None,
+    ):
         if isinstance(functions, str) or callable(functions):
             functions = [functions]
         if (

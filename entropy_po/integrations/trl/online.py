@@ -60,7 +60,7 @@ class QEMPOGRPOConfig(DualArguments, GRPOConfig):
     def entropy_objective(self) -> EntropyObjective:
         """The (a, b) objective of lam and mu as given."""
         assert self.lam is not None  # checked when it was made
-        return EntropyObjective.qempo_kl(self.lam, self.mu or 0.0)
+        return EntropyObjective.qempo_kl(self.lam, self.mu)
 
     @property
     def needs_reference(self) -> bool:

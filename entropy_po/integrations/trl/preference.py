@@ -125,10 +125,9 @@ class PairTrainer(DPOTrainer):
         self.objective = args.entropy_objective
         needs_reference, precompute = self.objective.needs_reference, args.precompute_ref_log_probs
         if not needs_reference:
-            assert isinstance(args, QEMPOConfig) and args.lam is not None  # H-DPO has a reference
             if ref_model is not None or args.sync_ref_model:
                 raise ValueError(
-                    f"ref_model and sync_ref_model are not read where mu=0; leave them out (lam={args.lam:g})."
+                    f"ref_model and sync_ref_model are not read where mu=0: {self.objective} has no reference. Leave them out."
                 )
             args.precompute_ref_log_probs = True  # on this branch TRL holds no reference, and asks the method below
         super().__init__(model, ref_model, args, data_collator, **kwargs)
@@ -188,7 +187,8 @@ class PairTrainer(DPOTrainer):
                 strategy=self.args.strategy,
             )
         loss = output.loss
-        if answers.aux_loss is not None and self.aux_loss_enabled:
+        if self.aux_loss_enabled:
+            assert answers.aux_loss is not None
             loss = loss + self.router_aux_loss_coef * answers.aux_loss.to(loss.device)
         self._record(inputs, output, answers.aux_loss if self.aux_loss_enabled else None)
         if not return_outputs:
