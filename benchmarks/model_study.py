@@ -127,7 +127,6 @@ class Study:
 
 def page(found: dict[str, dict], size: dict) -> str:
     rows = {name: unit["row"] for name, unit in found.items()}
-    minutes = sum(unit["seconds"] for unit in found.values()) / 60
     start, rlhf, qempo = (rows[name] for name in (START, RLHF, QEMPO))
     offline = {name.removeprefix("offline: "): row for name, row in rows.items() if name.startswith("offline: ")}
     claims = [
@@ -145,7 +144,7 @@ def page(found: dict[str, dict], size: dict) -> str:
     lines = [
         "# H-DPO and QEMPO on SmolLM2-135M-Instruct",
         "",
-        f"`python -m benchmarks.model_study`: {minutes:.0f} min. Online: {size['steps']} steps of {size['prompts_per_step']} prompts x "
+        f"`python -m benchmarks.model_study`. Online: {size['steps']} steps of {size['prompts_per_step']} prompts x "
         f"{size['answers_per_prompt']} answers of at most {size['new_tokens']} tokens, RLHF with beta {ONLINE_BETA}; offline: the demo's runs. "
         f"Measured on {size['heldout']} held-out prompts x {size['samples']} answers at temperature 1. One training seed.",
         "",

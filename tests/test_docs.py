@@ -53,6 +53,16 @@ def test_files_that_are_named_exist(page):
     assert set(re.findall(r"`(test_\w+\.py)`", page.read_text(encoding="utf-8"))) <= tests
 
 
+def test_the_claims_quote_the_studies():
+    """Every difference and its interval, as a committed result has it."""
+    text = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]", text)
+    studies = (ROOT / "benchmarks" / "results" / "studies").glob("*.md")
+    found = "".join(page.read_text(encoding="utf-8") for page in studies)
+    assert len(quoted) >= 10
+    assert not [figure for figure in quoted if figure not in found]
+
+
 class Html(HTMLParser):
     def __init__(self, page):
         super().__init__()
