@@ -1,9 +1,9 @@
 """What the height of a tile costs: `python -m benchmarks.tile_rows` writes benchmarks/results/cpu/tile_rows.md.
 
-Four questions. How many rows of logits must a deferred tile have to beat computing the logits twice? MIN_TILE_ROWS of
+Three questions. How many rows of logits must a deferred tile have to beat computing the logits twice? MIN_TILE_ROWS of
 entropy_po.plan is the answer. And what do the bare products cost when they are cut into tiles of whole rows, as a budget cuts
-them? No method that keeps whole rows in the budget is faster than that. And of entropy_po.pages: what does it save that a
-CPU's workspace is not fresh from the system at every call, and that the gradient of logits, which is, lies on huge pages?
+them? No method that keeps whole rows in the budget is faster than that. And what
+does it save that a CPU's workspace is not fresh from the system at every call (entropy_po.pages)?
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.report import RESULTS
 from entropy_po import pages
-from entropy_po.bench.implementations import OURS, implementations, pair_loss
+from entropy_po.bench.implementations import pair_loss
 from entropy_po.bench.problem import Case, Problem
 from entropy_po.bench.timing import ratio, time_interleaved
 from entropy_po.plan import DEFAULT_CPU_SEQUENCE_WORKSPACE, MIN_TILE_ROWS, slices
@@ -91,27 +91,6 @@ def fresh_workspace(rounds: int) -> list[str]:
     return lines
 
 
-def small_pages(rounds: int) -> list[str]:
-    lines = ["| case | small / huge |", "|---|---:|"]
-    for v, dtype in ((32768, "float32"), (151936, "float32"), (151936, "bfloat16")):
-        problem = Problem(Case("logits", 512, v, dtype=dtype))
-        ours = implementations(problem.case)[OURS]
-
-        def huge(problem=problem, ours=ours):
-            problem.run(ours)
-
-        def small(huge=huge):
-            pages.CAN_ADVISE = False
-            try:
-                huge()
-            finally:
-                pages.CAN_ADVISE = True
-
-        seconds = time_interleaved({"huge": huge, "small": small}, rounds)
-        lines.append(f"| {problem.case.name} | {ratio(seconds['small'], seconds['huge']):.2f} |")
-    return lines
-
-
 def main(rounds: int = 5) -> None:
     lines = [
         "# The height of a tile, on a CPU",
@@ -129,10 +108,6 @@ def main(rounds: int = 5) -> None:
         "The loss of a pair, forward and backward, with a workspace fresh from the system at every call.",
         "",
         *fresh_workspace(rounds),
-        "",
-        "`token_stats` with the gradient of the logits on the system's small pages.",
-        "",
-        *small_pages(rounds),
     ]
     text = "\n".join(lines) + "\n"
     (RESULTS / "cpu" / "tile_rows.md").write_text(text)

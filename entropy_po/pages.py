@@ -1,4 +1,4 @@
-"""Memory of a CPU: a workspace that outlives its call, as a CUDA workspace does in torch's caching allocator, and huge pages.
+"""Memory of the CPU that outlives a call: a CUDA workspace comes from torch's caching allocator, this does it for a CPU.
 
 Memory fresh from the system costs a fault and 4096 zeros per page, which for a tile of logits shows beside the products that
 make it (`python -m benchmarks.tile_rows`). So it is given back to the system lazily (MADV_FREE): the system takes a page when
@@ -10,10 +10,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,9 +21,6 @@ from torch import Tensor
 BLOCK_BYTES = 256 << 20
 PAGE_BYTES = mmap.PAGESIZE
 CAN_FREE_LAZILY = hasattr(mmap, "MADV_FREE")
-
-HUGE_PAGE_BYTES = 2 << 20
-CAN_ADVISE = hasattr(mmap, "MADV_HUGEPAGE")  # Linux, which by default gives huge pages to those who ask
 
 _free: list[mmap.mmap] = []  # as many as calls have run at the same time
 _from_torch = ContextVar("from_torch", default=False)
@@ -46,23 +42,6 @@ def block() -> Tensor | None:
     array = (ctypes.c_char * BLOCK_BYTES).from_buffer(pages)
     weakref.finalize(array, _give_back, pages).atexit = False
     return torch.frombuffer(array, dtype=torch.uint8)
-
-
-def on_huge_pages(x: Tensor) -> Tensor:
-    """`x` itself, fresh from torch's allocator: of a large one on a CPU the first write then takes one fault for 2 MiB and not
-    512, most of its time (`python -m benchmarks.tile_rows`)."""
-    first = -(-x.data_ptr() // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-    whole = (x.data_ptr() + x.nbytes - first) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-    if CAN_ADVISE and x.device.type == "cpu" and whole >= 8 * HUGE_PAGE_BYTES:
-        _madvise()(first, whole, mmap.MADV_HUGEPAGE)  # it may say no, and nothing is lost
-    return x
-
-
-@cache
-def _madvise() -> Callable[[int, int, int], int]:
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
 
 
 def release() -> None:

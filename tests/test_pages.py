@@ -1,14 +1,12 @@
 """What calls on a CPU leave for the next one, and that nothing else ever sees it."""
 
 import os
-import re
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-from entropy_po import EntropyObjective, linear_preference_loss, pages, token_stats
+from entropy_po import EntropyObjective, linear_preference_loss, pages
 from entropy_po.memory import held_bytes, peak_bytes, reset_peak
 from entropy_po.ops.gemm import Scratch
 
@@ -118,21 +116,3 @@ def test_calls_of_several_threads_agree_with_one_alone():
         thread.join()
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
     assert 1 <= len(pages._free) <= len(inputs)
-
-
-@pytest.mark.skipif(not pages.CAN_ADVISE, reason="huge pages are asked for on Linux alone")
-def test_a_large_gradient_asks_for_huge_pages():
-    def advised(x):
-        """Whether the mapping under the middle of `x` has the flag `hg`."""
-        middle, inside = x.data_ptr() + x.nbytes // 2, False
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-                inside = int(bounds[1], 16) <= middle < int(bounds[2], 16)
-            elif inside and line.startswith("VmFlags"):
-                return "hg" in line.split()
-
-    logits = torch.randn(128, 100_000, requires_grad=True)
-    (-token_stats(logits, torch.randint(100_000, (128,))).logps).sum().backward()
-    assert advised(logits.grad) and not advised(logits)
-    small = torch.empty(1 << 20)
-    assert pages.on_huge_pages(small) is small and not advised(small)

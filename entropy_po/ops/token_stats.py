@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from entropy_po import pages, tiles
+from entropy_po import tiles
 from entropy_po.ops import checks, schema
 from entropy_po.types import Level, OutputName, TokenStats, new_state, state_dtype, stats_from_state
 
@@ -197,7 +197,7 @@ def _grad_into(
 
 
 def _backward(grad_logps: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, *rest: Any) -> Tensor:
-    out = pages.on_huge_pages(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _grad_into(out, grad_logps, grad_entropy, logits, *rest)
     return out
 
