@@ -79,12 +79,18 @@ def beside(row: dict) -> int:
 
 def _memory(rows: list[dict], on_cpu: bool) -> Iterator[Bar]:
     """The default budgets, whatever the number of tokens; that of a pair on a GPU depends on what is free there."""
+    hidden: dict[int, float] = {}
     for row in (row for row in rows if row["who"] == OURS and "error" not in row):
         if row["path"] == "hidden":
             # per row 7 fp32 of state and outputs, and two upstream gradients
+            hidden[row["n"]] = beside(row) - row["n"] * 4 * 9
             name = f"linear_token_stats, {row['case']}: peak beside gradients and outputs, MiB"
             budget = DEFAULT_CPU_WORKSPACE if on_cpu else DEFAULT_CUDA_WORKSPACE
-            yield Bar(name, (beside(row) - row["n"] * 4 * 9) / 2**20, 1.1 * (budget >> 20))
+            yield Bar(name, hidden[row["n"]] / 2**20, 1.1 * (budget >> 20))
         elif on_cpu:
             name = f"{row['case']}: peak beside inputs and gradients, MiB"
             yield Bar(name, beside(row) / 2**20, (DEFAULT_CPU_SEQUENCE_WORKSPACE >> 20) + 32)
+    if len(hidden) > 1:
+        short, long = min(hidden), max(hidden)
+        name = f"linear_token_stats, N {long} over N {short}: peak beside gradients and outputs"
+        yield Bar(name, hidden[long] / hidden[short], 1.10)

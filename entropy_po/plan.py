@@ -110,10 +110,8 @@ CUDA_WORKSPACE_SHARE = 0.25  # of the memory that is free when the call begins
 # again in square tiles costs one product more. On a CPU the two are even below 100 rows, with a trained head as with
 # a frozen one (`python -m benchmarks.tile_rows`); the GPU's number is an estimate from its FLOPs per byte.
 MIN_TILE_ROWS = {"cpu": 100, "cuda": 1024}
-MIN_FROZEN_TILE_ROWS = {
-    "cpu": 100,
-    "cuda": 512,
-}  # where no sum of dW is, and the choice is between two products and three
+# The same where there is no sum of dW, and the choice is between two products and three.
+MIN_FROZEN_TILE_ROWS = {"cpu": 100, "cuda": 512}
 
 
 class Choice(NamedTuple):

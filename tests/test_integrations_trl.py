@@ -275,7 +275,7 @@ def test_wrong_arguments_are_named(paths, tmp_path):
         HDPOTrainer(model, args=trl.DPOConfig(output_dir=str(tmp_path), **QUIET), train_dataset=rows)
     with pytest.raises(ValueError, match=r"lam must be given"):
         QEMPOConfig(output_dir=str(tmp_path), **QUIET)
-    with pytest.raises(ValueError, match=r"ref_model and sync_ref_model are not read where mu=0"):
+    with pytest.raises(ValueError, match=r"ref_model and sync_ref_model are not read where mu=0.*lam=2"):
         args = QEMPOConfig(output_dir=str(tmp_path), lam=2.0, **QUIET)
         QEMPOTrainer(model, load(paths["Llama"]), args, train_dataset=rows)
 

@@ -67,10 +67,10 @@ def linear_token_stats(
     evaluated tile by tile: no tensor with a token and a vocabulary axis outlives a tile. The backward recomputes the
     tiles: four vocabulary products in all, three when the weight is frozen.
 
-    Two, where weight and bias are frozen and only log-probs will have a gradient: a row's is then d logps[i] / d h_i times one number, so
-    it is made while the row's logits are there, kept [N, D] and multiplied by that number in the backward. (Not over a
-    vocab_group, nor in deterministic mode, nor on a budget that holds fewer than 100 rows of logits, on a GPU 512.) A
-    forward that no backward will follow costs one product under torch.no_grad().
+    Two, where weight and bias are frozen and only log-probs will have a gradient: a row's is then d logps[i] / d h_i times
+    one number, so it is made while the row's logits are there, kept [N, D] and multiplied by that number in the backward.
+    (Not over a vocab_group, nor in deterministic mode, nor on a budget that holds fewer than 100 rows of logits, on a GPU
+    512.) A forward that no backward will follow costs one product under torch.no_grad().
 
     Args:
         hidden_states: [N, D], fp32 / bf16 / fp16 / fp64, last dimension contiguous (copied otherwise).
@@ -102,8 +102,8 @@ def linear_token_stats(
 
     Numerics:
         Tile values and sums are fp32 whatever the operands are. With bf16 operands the tile's gradient is rounded to
-        bf16 once, for the two products that follow, as is a gradient that is kept for the backward. On a CPU under torch.use_deterministic_algorithms, a row's values have
-        the same bits in any batch.
+        bf16 once, for the two products that follow, as is a gradient that is kept for the backward. On a CPU under
+        torch.use_deterministic_algorithms, a row's values have the same bits in any batch.
 
     Example:
         >>> hidden, head = torch.randn(6, 16, requires_grad=True), torch.nn.Linear(16, 50, bias=False)

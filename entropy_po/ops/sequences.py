@@ -242,7 +242,7 @@ def all_scaled(ctx: Any, factor: Tensor) -> list[Tensor | None]:
 def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A saved gradient times the upstream scalar, in the input's dtype: in its own memory, unless the graph will be used
     again, or is being traced."""
-    if _is_read_again(saved):
+    if type(saved) is not Tensor or _graph_is_kept():
         return (saved * factor).to(dtype)
     if factor.device.type != "cpu" or factor != 1:  # on a GPU, to look would be to wait
         saved.mul_(factor)
@@ -254,12 +254,12 @@ def rows_scaled(saved: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     factors = factors[:, None]
     if type(saved) is not Tensor:
         return torch.where(factors == 0, 0, saved * factors).to(dtype)
-    result = torch.empty_like(saved) if _is_read_again(saved) else saved
+    result = torch.empty_like(saved) if _graph_is_kept() else saved
     elements = 1 << (24 if saved.is_cuda else 20)  # a mixed product is made in fp32 first: not of all rows at once
     for rows in slices(0, len(saved), max(1, elements // max(saved.shape[1], 1))):
         result[rows] = (saved[rows] * factors[rows]).masked_fill_(factors[rows] == 0, 0)
     return result.to(dtype)
 
 
-def _is_read_again(saved: Tensor) -> bool:
-    return torch._C._autograd._get_current_graph_task_keep_graph() or type(saved) is not Tensor
+def _graph_is_kept() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -126,9 +126,8 @@ class PairTrainer(DPOTrainer):
         needs_reference, precompute = self.objective.needs_reference, args.precompute_ref_log_probs
         if not needs_reference:
             if ref_model is not None or args.sync_ref_model:
-                raise ValueError(
-                    f"ref_model and sync_ref_model are not read where mu=0: {self.objective} has no reference. Leave them out."
-                )
+                lam = args.lam  # type: ignore[attr-defined]  # QEMPO's: H-DPO has a reference
+                raise ValueError(f"ref_model and sync_ref_model are not read where mu=0; leave them out (lam={lam:g}).")
             args.precompute_ref_log_probs = True  # on this branch TRL holds no reference, and asks the method below
         super().__init__(model, ref_model, args, data_collator, **kwargs)
         args.precompute_ref_log_probs = precompute
