@@ -1,48 +1,101 @@
 """`make gpu-check`: everything that only a GPU can show, in one command of at most ten minutes and no network.
 
-Builds the package with its CUDA kernels into a folder of its own, runs the tests marked `gpu` there, the CUDA kernels under
-compute-sanitizer where it is installed, re-tunes Triton's blocks (benchmarks.gpu_tune), and times both backends against
-their floors and peers (benchmarks.gpu_times). A stage that fails does not keep the next from running; the exit status tells.
-Results go to benchmarks/results/<device>/. Needs torch, triton, pybind11, setuptools and pytest in the Python that runs it;
-without a CUDA device it says so and exits 0.
+Builds the package with its CUDA kernels into a folder of its own; then, what matters most first, tests the operators, times
+both backends against their floors and peers (benchmarks.gpu_times), tests the kernels, re-tunes Triton's blocks
+(benchmarks.gpu_tune), and runs the CUDA kernels under compute-sanitizer where it is installed. A stage that fails, or runs
+out of time, does not keep the next from running; the exit status tells. What there is of the report, the block table and a
+log is in --output_dir after every stage, so that nothing is lost when the whole is cut short. Needs torch, triton, pybind11,
+setuptools and pytest in the Python that runs it; without a CUDA device it says so and exits 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SITE = ROOT / "build" / "gpu"
-STAGES = ("build", "tests", "sanitizer", "tune", "times")
+SITE, TABLE, RESULTS = ROOT / "build" / "gpu", ROOT / "kernels" / "blocks.json", ROOT / "benchmarks" / "results"
+# of each stage, the seconds that it may take of what is left
+STAGES = {"build": 200, "operators": 90, "times": 240, "kernels": 90, "tune": 120, "sanitizer": 60}
+TO_FINISH = 15  # seconds, for a stage that is asked to stop to say how far it came
 
 
-def stage(name: str, command: list[str], limit: float, **environment: str) -> bool:
-    """Run one stage within `limit` seconds, showing what it prints; whether it succeeded."""
-    print(f"\n== {name}: {' '.join(command)}", flush=True)
-    start = time.perf_counter()
-    # -P keeps this folder off sys.path: what is tested is what was built, in SITE.
-    paths = os.pathsep.join([str(SITE), str(ROOT / "build" / "benchmarks")])
-    variables = {**os.environ, "PYTHONPATH": paths, **environment}
-    try:
-        status = subprocess.run(command, cwd=ROOT, env=variables, timeout=limit).returncode
-    except subprocess.TimeoutExpired:
-        status = f"stopped after {limit:.0f} s"
-    print(
-        f"== {name}: {'ok' if status == 0 else f'FAILED ({status})'} in {time.perf_counter() - start:.0f} s", flush=True
-    )
-    return status == 0
+class Stages:
+    """Runs stages one after another until the time is up; shows and keeps what they print."""
+
+    def __init__(self, seconds: float, log: Path):
+        self.end, self.log = time.monotonic() + seconds, log
+        self.results: dict[str, str] = {}
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        with self.log.open("a") as log:
+            log.write(text + "\n")
+
+    def run(self, name: str, command: list[str], **environment: str) -> bool:
+        """Whether the stage succeeded. It, and all that it started, is ended where its time is."""
+        limit = min(STAGES[name], self.end - time.monotonic() - TO_FINISH)
+        self.say(f"\n== {name}, {limit:.0f} s at most: {' '.join(command)}")
+        if limit < TO_FINISH:
+            self.results[name] = "not begun: no time left"
+            return False
+        start = time.monotonic()
+        # -P keeps this folder off sys.path: what is tested is what was built, in SITE.
+        paths = os.pathsep.join([str(SITE), str(ROOT / "build" / "benchmarks")])
+        variables = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **environment}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+        reader = threading.Thread(target=lambda: [self.say(line.rstrip("\n")) for line in process.stdout], daemon=True)
+        reader.start()
+        status: int | str
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {limit:.0f} s"
+            for sent in (signal.SIGINT, signal.SIGKILL):  # pytest prints its failures when interrupted
+                with_group(process, sent)
+                try:
+                    process.wait(TO_FINISH)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+        with_group(process, signal.SIGKILL)  # what it left behind would disturb the next
+        reader.join(TO_FINISH)
+        self.results[name] = "ok" if status == 0 else f"FAILED ({status})"
+        self.say(f"== {name}: {self.results[name]} in {time.monotonic() - start:.0f} s")
+        return status == 0
+
+
+def with_group(process: subprocess.Popen, sent: signal.Signals) -> None:
+    """Send a signal to the process and to all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, sent)
+
+
+def pytest_command(marks: str, *more: str) -> list[str]:
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", marks, *more]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "6"]
+    return command
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--only", choices=STAGES, nargs="+", default=list(STAGES))
     parser.add_argument("--quick", action="store_true", help="the smaller shapes only")
+    parser.add_argument("--seconds", type=float, default=570, help="of all stages together")
+    parser.add_argument("--output_dir", type=Path, default=RESULTS, help="results go to <device>/ in it")
     arguments = parser.parse_args()
 
     import torch
@@ -50,40 +103,48 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu-check: SKIPPED, torch finds no CUDA device on this machine.")
         return 0
-    print(f"gpu-check on {torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
-    python = [sys.executable, "-P"]
+    output_dir = arguments.output_dir.resolve()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    stages = Stages(arguments.seconds, output_dir / "gpu-check.log")
+    stages.say(f"gpu-check on {torch.cuda.get_device_name()}, torch {torch.__version__}")
     # benchmarks/ is no part of the package: a link to it alone, so that the source tree itself stays off the path
     link = ROOT / "build" / "benchmarks" / "benchmarks"
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():
         link.symlink_to(ROOT / "benchmarks", target_is_directory=True)
-    results: dict[str, bool] = {}
+    if "CUDA_HOME" not in os.environ and shutil.which("nvcc") is None and Path("/usr/local/cuda/bin/nvcc").exists():
+        os.environ["CUDA_HOME"] = "/usr/local/cuda"
+    quick = ["--quick"] if arguments.quick else []
     for name in arguments.only:
         if name == "build":
             shutil.rmtree(SITE, ignore_errors=True)
             install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-            wanted = "1" if shutil.which("nvcc") else ""
-            results[name] = stage(name, [*install, "--target", str(SITE), "."], 240, ENTROPY_PO_CUDA=wanted)
-            if not results[name]:
-                break
-        elif name == "tests":
-            tests = [*python, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=20", "-p", "no:cacheprovider", "tests"]
-            results[name] = stage(name, tests, 240)
-        elif name == "sanitizer":
-            sanitizer = shutil.which("compute-sanitizer")
-            if sanitizer is None:
-                print("\n== sanitizer: SKIPPED, compute-sanitizer is not installed")
-                continue
-            one = [*python, "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider", "-k", "everything",
-                   "tests/test_kernels_cuda.py"]  # fmt: skip
-            results[name] = stage(name, [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *one], 120)
+            install += ["--target", str(SITE), "."]
+            if not stages.run(name, install, ENTROPY_PO_CUDA="1"):
+                stages.say("== the CUDA C++ kernels could not be built: the rest is Triton's alone")
+                shutil.rmtree(SITE, ignore_errors=True)
+                subprocess.run(install, cwd=ROOT, env={**os.environ, "ENTROPY_PO_CUDA": "0"}, check=True)
+        elif name == "operators":
+            stages.run(name, pytest_command("gpu", "tests/test_operators_gpu.py"))
+        elif name == "times":
+            seconds = ["--seconds", str(STAGES[name] - 2 * TO_FINISH), "--output_dir", str(output_dir)]
+            stages.run(name, [sys.executable, "-P", "-m", "benchmarks.gpu_times", *seconds, *quick])
+        elif name == "kernels":
+            stages.run(name, pytest_command("gpu and not compiler", "tests", "--ignore=tests/test_operators_gpu.py"))
+        elif name == "tune":
+            stages.run(name, [sys.executable, "-P", "-m", "benchmarks.gpu_tune", *quick])
+            for folder in (output_dir, SITE / "entropy_po" / "kernels"):
+                shutil.copy(TABLE, folder)
+        elif (sanitizer := shutil.which("compute-sanitizer")) is None:
+            stages.results[name] = "SKIPPED: compute-sanitizer is not installed"
         else:
-            command = [*python, "-m", f"benchmarks.gpu_{name}", *(["--quick"] if arguments.quick else [])]
-            results[name] = stage(name, command, 300)
-            if name == "tune":  # the times are those of the blocks just chosen
-                shutil.copy(ROOT / "kernels" / "blocks.json", SITE / "entropy_po" / "kernels")
-    print("\n" + "\n".join(f"{name:10} {'ok' if done else 'FAILED'}" for name, done in results.items()))
-    return 0 if all(results.values()) else 1
+            # it knows an allocation, not what torch's allocator makes of one; and torch itself asks for what fails
+            memcheck = [sanitizer, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+            one = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider",
+                   "-k", "everything", "tests/test_kernels_cuda.py"]  # fmt: skip
+            stages.run(name, [*memcheck, *one], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    stages.say("\n" + "\n".join(f"{name:10} {found}" for name, found in stages.results.items()))
+    return 0 if all(found == "ok" or found.startswith("SKIPPED") for found in stages.results.values()) else 1
 
 
 if __name__ == "__main__":

@@ -1,36 +1,57 @@
 """The suites on a CUDA device with torch alone, without pytest-benchmark: `python -m benchmarks.gpu_times`.
 
-Times, floors measured in the same run, errors, allocator peaks, and the same report: benchmarks/results/<device>/.
+Times, floors measured in the same run, errors, allocator peaks, and the same report: <output_dir>/<device>/. The cases that
+promises are about come first, and report.json is written after each, so that what was measured is not lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from pathlib import Path
 
 from benchmarks import report, suites
 from entropy_po.bench.measure import measure, one_line
+
+FIRST = ("pair", "hidden", "logits", "nll")
+PROMISED = (8192, 151936)  # tokens, words
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_times", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the smaller shapes only")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1e9, help="after these no further case is begun")
+    parser.add_argument("--output_dir", type=Path, default=report.RESULTS)
     arguments = parser.parse_args()
-    rows, unavailable = [], {}
-    for suite, cases in suites.cuda(arguments.quick).items():
-        for row in cases:
-            print(f"{suite}: {row.case.name}", flush=True)
-            try:
-                found, failed = measure(row.case, min(arguments.rounds, row.rounds or 99), row.who)
-            except Exception as error:  # such as no memory for the inputs: the other cases are still worth having
-                unavailable[row.case.name] = {"the case itself": one_line(error)}
-                continue
-            rows.append({"suite": suite, **found})
-            unavailable[row.case.name] = failed
-    memory = [report.memory_reading(*row) for row in suites.memory("cuda", long=not arguments.quick)]
-    command = "python -m benchmarks.gpu_times" + (" --quick" if arguments.quick else "")
-    found = report.finished(command, report.machine("cuda"), rows, memory, unavailable)
-    print(report.write(found))
+    end = time.monotonic() + arguments.seconds
+    rows, memory, unavailable = [], [], {}
+    command, machine = "python -m benchmarks.gpu_times" + (" --quick" * arguments.quick), report.machine("cuda")
+
+    def found() -> dict:
+        return report.finished(command, machine, rows, memory, unavailable)
+
+    cases = [(suite, row) for suite, rows_of in suites.cuda(arguments.quick).items() for row in rows_of]
+    cases.sort(key=lambda pair: ((pair[1].case.n, pair[1].case.v) != PROMISED, FIRST.index(pair[0])))
+    for suite, row in cases:
+        left = end - time.monotonic()
+        if left < 0:
+            unavailable[row.case.name] = {"the case itself": f"not begun: {arguments.seconds:.0f} s were over"}
+            continue
+        print(f"{left if left < 1e8 else 0:4.0f} s  {suite}: {row.case.name}", flush=True)
+        try:
+            figures, failed = measure(row.case, min(arguments.rounds, row.rounds or 99), row.who)
+        except Exception as error:  # such as no memory for the inputs: the other cases are still worth having
+            unavailable[row.case.name] = {"the case itself": one_line(error)}
+            continue
+        rows.append({"suite": suite, **figures})
+        unavailable[row.case.name] = failed
+        report.save(found(), arguments.output_dir)
+    for row in suites.memory("cuda", long=not arguments.quick):
+        if time.monotonic() < end:
+            memory.append(report.memory_reading(*row))
+    report.save(found(), arguments.output_dir)
+    print(report.write(found(), arguments.output_dir))
 
 
 if __name__ == "__main__":

@@ -98,11 +98,17 @@ def _clock() -> int | None:
     return round(sum(clocks) / len(clocks)) if clocks else None
 
 
-def write(report: dict, folder: Path = RESULTS) -> str:
-    """Writes report.json, report.md and the pictures into benchmarks/results/<device>; returns the page."""
+def save(report: dict, folder: Path = RESULTS) -> Path:
+    """Writes report.json into <folder>/<device>, and returns that."""
     folder = folder / re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    return folder
+
+
+def write(report: dict, folder: Path = RESULTS) -> str:
+    """Writes report.json, report.md and the pictures into <folder>/<device>; returns the page."""
+    folder = save(report, folder)
     text = markdown(report, charts.draw(report, folder))
     (folder / "report.md").write_text(text)
     return f"{text}\nwritten to {folder}"

@@ -305,6 +305,7 @@ def assert_sound(kernels):
             assert made["wide_stores"] or name.startswith("fold"), f"{name} stores single elements: {made}"
 
 
+@pytest.mark.compiler
 def test_hot_kernels_compile_for_every_target(tmp_path):
     report = compiled("hot", tmp_path)
     assert len(report["kernels"]) == len(HOT) * len(TARGETS)
@@ -312,6 +313,7 @@ def test_hot_kernels_compile_for_every_target(tmp_path):
     assert [len(keys) for keys in report["specialisations"]] == [1, 1], "a size, stride or offset compiles anew"
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_other_kernels_compile_for_every_target(tmp_path):
     assert_sound(compiled("rest", tmp_path)["kernels"])

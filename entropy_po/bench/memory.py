@@ -57,10 +57,11 @@ def known_bytes(size: int) -> int:
 
 
 def _phases_here(case: Case, name: str) -> dict[str, int]:
-    problem, function = Problem(case), implementations(case)[name]
-    warm = problem if case.n <= WARM_UP else Problem(case.but(n=WARM_UP))
-    warm.run(function)  # libraries loaded, threads started, code compiled
-    del warm
+    function = implementations(case)[name]
+    problem = Problem(case.but(n=min(case.n, WARM_UP)))
+    problem.run(function)  # libraries loaded, threads started, code compiled; what cannot run says so here
+    if case.n > WARM_UP:
+        problem = Problem(case)
     reset_peak()
     before = held_bytes()
     with torch.set_grad_enabled(case.backward):

@@ -88,13 +88,13 @@ class Problem:
 
     def __init__(self, case: Case, seed: int = 0):
         self.case = case
-        generator = torch.Generator().manual_seed(seed)
         dtype, device = getattr(torch, case.dtype), torch.device(case.device)
+        generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return torch.randn(shape, generator=generator).mul_(scale).to(device, dtype)
+            return torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
 
-        self.labels = torch.randint(case.v, (case.n,), generator=generator).to(device)
+        self.labels = torch.randint(case.v, (case.n,), generator=generator, device=device)
         spread = 6.0 if case.peaked else 0.5  # standard deviation of the logits, in nats
         if case.path == "logits":
             self.tensors: tuple[Tensor, ...] = (normal(case.n, case.v, scale=spread),)
@@ -106,7 +106,7 @@ class Problem:
             x.requires_grad_()
         self.cu_seqlens = torch.tensor([0, case.n // 2, case.n])
         shape = (2 if case.entropy else 1, case.n)
-        self.upstream = torch.randn(shape, generator=generator).div_(case.n).to(device)
+        self.upstream = torch.randn(shape, generator=generator, device=device).div_(case.n)
 
     # ---- what is computed
 
@@ -143,22 +143,24 @@ class Problem:
 
     @cached_property
     def truth(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-        """(outputs, gradients) in fp64, some rows of logits at a time. Where the weight's gradient would take too long it is
-        None, and that of the hidden states is of the first SAMPLED rows."""
+        """(outputs, gradients) in fp64, some rows of logits at a time. Where the weight's gradient would take too long, or
+        that of logits too much memory, the former is None, and only the first SAMPLED rows have the other."""
         case, parts = self.case, list(slices(0, self.case.n, TRUTH_ROWS))
-        exact = [x.detach().double() for x in self.tensors]
+        inputs = [x.detach() for x in self.tensors]
+        exact = inputs if case.path == "logits" else [x.double() for x in inputs]
 
+        small = case.n * case.v * 8 <= TRUTH_BYTES
         kept: dict[int, Tensor] = {}  # from the outputs to the gradients, where that is no more than TRUTH_BYTES
 
         def log_p(rows: slice) -> Tensor:
             if rows.start in kept:
                 return kept.pop(rows.start)
-            logits = exact[0][rows] if case.path == "logits" else exact[0][rows] @ exact[1].t()
+            logits = exact[0][rows].double() if case.path == "logits" else exact[0][rows] @ exact[1].t()
             return logits.log_softmax(-1)
 
         def stats(rows: slice) -> tuple[Tensor, Tensor]:
             x = log_p(rows)
-            if case.backward and case.n * case.v * x.element_size() <= TRUTH_BYTES:
+            if case.backward and small:
                 kept[rows.start] = x
             return x.gather(1, self.labels[rows, None])[:, 0], -(x.exp() * x).sum(-1)
 
@@ -169,8 +171,9 @@ class Problem:
         g_logps, g_entropy = torch.autograd.grad(
             outputs, (logps, entropy), self._upstream(outputs), allow_unused=True, materialize_grads=True
         )
-        whole = case.path == "logits" or case.flops < TRUTH_FLOPS
-        grads = [torch.zeros_like(x) for x in (exact if whole else exact[:1])]
+        whole = small if case.path == "logits" else case.flops < TRUTH_FLOPS
+        shapes = [x.shape for x in exact] if whole else [(min(TRUTH_ROWS, case.n), *exact[0].shape[1:])]
+        grads = [exact[0].new_zeros(shape, dtype=torch.float64) for shape in shapes]
         for rows in parts if whole else parts[:1]:
             x = log_p(rows)
             gradient = x.exp()  # of logits: g_logp (onehot - p) - g_ent p (log p + H)

@@ -23,10 +23,12 @@ from entropy_po.types import new_state, stats_from_state
 
 
 def default_workspace(device: torch.device) -> int:
-    """256 MiB on a CPU; on a GPU a quarter of the memory that is free there now."""
+    """256 MiB on a CPU; on a GPU a quarter of the memory that is free there now, of what torch's allocator has in reserve too:
+    in training that is where most of it is."""
     if device.type != "cuda":
         return DEFAULT_CPU_SEQUENCE_WORKSPACE
-    return int(CUDA_WORKSPACE_SHARE * torch.cuda.mem_get_info(device)[0])
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(CUDA_WORKSPACE_SHARE * (torch.cuda.mem_get_info(device)[0] + reserve))
 
 
 class Sequences:
@@ -122,7 +124,10 @@ class RowTiles:
         """The rows' hidden states, logits and complete row state."""
         head, n = self.head, rows.stop - rows.start
         hidden = head.hidden_rows(rows)
-        tile = head.scratch("tile", (n, head.vocab_size), head.arithmetic)
+        pitch = head.vocab_size
+        if head.hidden.device.type != "cpu":  # rows from a multiple of 16 bytes on, as bf16 too: what GPU products want
+            pitch = -(-pitch // 8) * 8
+        tile = head.scratch("tile", (n, pitch), head.arithmetic)[:, : head.vocab_size]
         for cols in self.col_slices():
             head.logits(hidden, head.weight_rows(cols), tile[:, cols])
         state = new_state(n, head.level, head.hidden)
@@ -159,7 +164,7 @@ class VocabSums:
 
     def scale_(self, factor: Tensor) -> None:
         for total in self._totals():
-            total.mul_(factor)
+            total.mul_(_with_all_digits(factor, total))
 
     def add_(self, other: VocabSums, factor: Tensor) -> None:
         """self += factor * other, in one pass."""
@@ -209,9 +214,9 @@ class GradientSums:
         vocab.add_product(gradient, hidden)
 
     def scale_hidden_(self, rows: slice, factor: Tensor) -> None:
-        """By a scalar tensor: of no dimension, so that bf16 rows are multiplied by all its digits."""
+        """By a scalar tensor."""
         if self.hidden is not None:
-            self.hidden.rows[rows] *= factor
+            self.hidden.rows[rows] *= _with_all_digits(factor, self.hidden.rows)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dH, dW, dbias), [0] where not wanted."""
@@ -243,10 +248,19 @@ def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A saved gradient times the upstream scalar, in the input's dtype: in its own memory, unless the graph will be used
     again, or is being traced."""
     if type(saved) is not Tensor or _graph_is_kept():
-        return (saved * factor).to(dtype)
+        return (saved * _with_all_digits(factor, saved)).to(dtype)
     if factor.device.type != "cpu" or factor != 1:  # on a GPU, to look would be to wait
-        saved.mul_(factor)
+        saved.mul_(_with_all_digits(factor, saved))
     return saved.to(dtype)
+
+
+def _with_all_digits(factor: Tensor, x: Tensor) -> Tensor:
+    """A scalar tensor as `x * factor` takes it without rounding it to a narrow dtype of x first.
+
+    On a CPU that is one of no dimension, and one with dimensions would have all of x copied to its dtype; on a GPU one of no
+    dimension would be rounded, and one with dimensions costs nothing."""
+    factor = factor.to(torch.promote_types(x.dtype, torch.float32))
+    return factor if x.device.type == "cpu" else factor.reshape((1,) * x.ndim)
 
 
 def rows_scaled(saved: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,75 @@
+"""`make gpu-check` on a machine without a GPU: its stages, and the times on this device in place of that one."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import gpu_check, gpu_times, report, suites
+from entropy_po.bench.problem import Case
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "SKIPPED" in done.stdout
+
+
+def test_a_stage_that_fails_or_hangs_leaves_the_others_and_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "STAGES", dict.fromkeys(("hangs", "fails", "works", "late"), 2.0))
+    monkeypatch.setattr(gpu_check, "TO_FINISH", 1)
+    stages = gpu_check.Stages(60, tmp_path / "log")
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(77)'])"
+    start = time.monotonic()
+    assert not stages.run("hangs", [sys.executable, "-c", f"print('began', flush=True); {child}"])
+    assert time.monotonic() - start < 20
+    assert not stages.run("fails", [sys.executable, "-c", "raise SystemExit(3)"])
+    assert stages.run("works", [sys.executable, "-c", "import os; print(os.environ['MORE'])"], MORE="a variable")
+    stages.end = 0
+    assert not stages.run("late", ["true"])
+    assert stages.results == {
+        "hangs": "FAILED (stopped after 2 s)", "fails": "FAILED (3)", "works": "ok", "late": "not begun: no time left",
+    }  # fmt: skip
+    log = (tmp_path / "log").read_text()
+    assert "began" in log and "a variable" in log
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [line for line in running if b"time.sleep(77)" in line], "what a stage started outlives it"
+
+
+def test_times_are_kept_after_every_case(tmp_path, monkeypatch, capsys):
+    case = Case("pair", 8, 64, 16)
+    rows = {
+        "logits": [suites.Row(Case("logits", 8, 64)), suites.Row(case.but(v=128), suites.NO_PEERS)],
+        "pair": [suites.Row(case, suites.NO_PEERS), suites.Row(case.but(dtype="float3"))],
+    }
+    monkeypatch.setattr(suites, "cuda", lambda quick: rows)
+    monkeypatch.setattr(suites, "memory", lambda device, long: [])
+    monkeypatch.setattr(report, "machine", lambda device, machine=report.machine: machine("cpu"))
+    suites_after_each, save = [], report.save
+
+    def saved(found, folder):
+        suites_after_each.append([row["suite"] for row in found["rows"]])
+        return save(found, folder)
+
+    monkeypatch.setattr(report, "save", saved)
+    monkeypatch.setattr(sys, "argv", ["gpu_times", "--rounds", "1", "--output_dir", str(tmp_path)])
+    gpu_times.main()
+    assert suites_after_each[:3] == [
+        ["pair"],
+        ["pair", "logits"],
+        ["pair", "logits", "logits"],
+    ]  # promises' cases first
+    kept = json.loads((tmp_path / "cpu" / "report.json").read_text())
+    assert len(kept["rows"]) == 3 and "the case itself" in str(kept["unavailable"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "0"])
+    gpu_times.main()
+    assert "not begun: 0 s were over" in capsys.readouterr().out
