@@ -4,10 +4,11 @@ SmolLM2-135M-Instruct writes texts under checkable constraints (entropy_po/demo/
 A LoRA adapter on its frozen bf16 weights is trained
 
 * offline, as in the demo, on its committed pairs: H-DPO at three alphas, and QEMPO,
-* online: RLHF, and QEMPO whose lam is moved to hold RLHF's own reward.
+* online: RLHF, and with lam (and mu) moved to hold RLHF's own reward: QEMPO, from RLHF's weight on log pi and from a tenth of
+  it, and QEMPO-KL, within 1.25 times RLHF's KL.
 
 All answer the same held-out prompts, whose kinds of constraint no training prompt has. Every unit of work leaves a file
-under runs/model_study, and is skipped where that file exists. Writes benchmarks/results/studies/model.{json,md,png}.
+under runs/model_study, and is skipped where that file exists. Writes benchmarks/results/studies/model.{json,md,png} and model-dual.png.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 import transformers
 
 from benchmarks.report import RESULTS
+from benchmarks.study_plots import dual_figure
 from benchmarks.units import unit
 from entropy_po.demo import run as demo
 from entropy_po.demo.tasks import constraints_met, heldout_tasks, prompt_rows, quality, train_tasks
@@ -45,7 +47,13 @@ RUNS = Path("runs/model_study")
 ONLINE_BETA = 0.005  # an answer has some hundred nats, a reward one unit
 FULL = {"steps": 48, "prompts_per_step": 4, "answers_per_prompt": 8, "new_tokens": 64, "heldout": 64, "samples": 8}
 QUICK = {"steps": 2, "prompts_per_step": 1, "answers_per_prompt": 2, "new_tokens": 8, "heldout": 2, "samples": 2}
-START, RLHF, QEMPO = "start", "online: RLHF", "online: QEMPO at RLHF's reward"
+START, RLHF = "start", "online: RLHF"
+QEMPO, QEMPO_HIGH, QEMPO_KL = "online: QEMPO, lam from 200", "online: QEMPO, lam from 2000", "online: QEMPO-KL"
+AT_RLHFS_REWARD = {  # min_reward is added to RLHF's reward, max_kl multiplies its KL
+    QEMPO: {"method": "qempo", "lam": 1 / ONLINE_BETA},
+    QEMPO_HIGH: {"method": "qempo", "lam": 10 / ONLINE_BETA},
+    QEMPO_KL: {"method": "qempo_kl", "lam": 11 / ONLINE_BETA, "mu": 10.0, "max_kl": 1.25},
+}
 
 
 def train_offline(name: str, tokenizer, folder: Path, sizes: demo.Sizes):
@@ -63,7 +71,7 @@ def train_online(options: dict, tokenizer, folder: Path, size: dict):
     trainer = OnlineTrainer(model, args, prompt_rows(train_tasks()), None, constraints_met, tokenizer)
     trainer.train()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    keep = ("step", "reward", "entropy", "entropy/sequence", "kl", "lam", "length")
+    keep = ("step", *LATE)
     curve = [{k: float(f"{row[k]:.5g}") for k in keep if k in row} for row in rows if "reward" in row]
     return trainer.model, {"curve": curve, "verdict": trainer.ascent.verdict() if trainer.ascent else None}
 
@@ -114,11 +122,14 @@ class Study:
         rlhf = {"method": "rlhf", "beta": ONLINE_BETA}
         found[RLHF] = self.unit(RLHF, partial(train_online, rlhf, self.tokenizer, size=self.size))
         horizon = self.size["steps"] // 2
-        qempo = {
-            "method": "qempo", "lam": 1 / ONLINE_BETA, "min_reward": 0.0, "relative_to": str(self.folder_of(RLHF)),
-            "dual_horizon": horizon, "dual_warmup": max(1, horizon // 5),
-        }  # fmt: skip
-        found[QEMPO] = self.unit(QEMPO, partial(train_online, qempo, self.tokenizer, size=self.size))
+        duals = {
+            "min_reward": 0.0,
+            "relative_to": str(self.folder_of(RLHF)),
+            "dual_horizon": horizon,
+            "dual_warmup": max(1, horizon // 5),
+        }
+        for name, options in AT_RLHFS_REWARD.items():
+            found[name] = self.unit(name, partial(train_online, {**options, **duals}, self.tokenizer, size=self.size))
         return found
 
     def folder_of(self, name: str) -> Path:
@@ -127,20 +138,22 @@ class Study:
 
 def page(found: dict[str, dict], size: dict) -> str:
     rows = {name: unit["row"] for name, unit in found.items()}
-    start, rlhf, qempo = (rows[name] for name in (START, RLHF, QEMPO))
+    start, rlhf = rows[START], rows[RLHF]
     offline = {name.removeprefix("offline: "): row for name, row in rows.items() if name.startswith("offline: ")}
-    claims = [
-        ("online, RLHF raises quality", "more", QUALITY, rlhf, start),
-        ("online, QEMPO raises quality", "more", QUALITY, qempo, start),
-        ("QEMPO holds RLHF's quality", "held", QUALITY, qempo, rlhf),
-        ("QEMPO has more entropy than RLHF, per token", "more", ENTROPY, qempo, rlhf),
-        ("the same per answer", "more", ANSWER_ENTROPY, qempo, rlhf),
-        ("H-DPO with alpha 1.2 has more entropy than with 0.8", "more", ENTROPY, offline["H-DPO alpha 1.2"], offline["H-DPO alpha 0.8"]),
-    ]  # fmt: skip
+    claims = [("online, RLHF raises quality", "more", QUALITY, rlhf, start)]
+    for name in AT_RLHFS_REWARD:
+        claims += [
+            (f"{name}: raises quality", "more", QUALITY, rows[name], start),
+            ("holds RLHF's quality", "held", QUALITY, rows[name], rlhf),
+            ("has more entropy than RLHF, per token", "more", ENTROPY, rows[name], rlhf),
+            ("the same per answer", "more", ANSWER_ENTROPY, rows[name], rlhf),
+        ]
+    claims.append(
+        ("H-DPO with alpha 1.2 has more entropy than with 0.8", "more", ENTROPY, offline["H-DPO alpha 1.2"], offline["H-DPO alpha 0.8"])
+    )  # fmt: skip
     for name, row in offline.items():
         claims.append((f"offline, {name} holds the start's quality", "held", QUALITY, row, start))
         claims.append(("and has more entropy than the start, per token", "more", ENTROPY, row, start))
-    late = {name: _late(found[name]["curve"]) for name in (RLHF, QEMPO)}
     lines = [
         "# H-DPO and QEMPO on SmolLM2-135M-Instruct",
         "",
@@ -158,11 +171,17 @@ def page(found: dict[str, dict], size: dict) -> str:
         "|---|---:|---|",
         *(_verdict(*claim) for claim in claims),
         "",
-        f"Over the last third of training RLHF's reward is {late[RLHF]['reward']:.3f}, QEMPO's {late[QEMPO]['reward']:.3f} with lam "
-        f"{late[QEMPO]['lam']:.0f}; entropies are {late[RLHF]['entropy']:.2f} and {late[QEMPO]['entropy']:.2f} nats per token, answers "
-        f"{late[RLHF]['length']:.0f} and {late[QEMPO]['length']:.0f} tokens long. The controller says: {found[QEMPO]['verdict']}.",
-        "",
         "![Quality against diversity](model.png)",
+        "",
+        "## The multipliers",
+        "",
+        "Means over the last third of training, on training prompts. R is RLHF's reward there, K 1.25 times its KL.",
+        "",
+        f"| run | {' | '.join(LATE.values())} | the controller says |",
+        f"|---|{'---:|' * len(LATE)}---|",
+        *(_late_row(name, found[name]) for name in (RLHF, *AT_RLHFS_REWARD)),
+        "",
+        "![lam, mu, reward and entropy over training](model-dual.png)",
         "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -192,10 +211,22 @@ def _verdict(claim: str, kind: str, compared: tuple[Callable, Callable], row: di
     return f"| {claim} | {value(row) - value(base):+.3f} [{low:+.3f}, {high:+.3f}] | {verdict} |"
 
 
+LATE = {
+    "reward": "reward", "kl": "KL, nats/answer", "entropy": "entropy, nats/token", "entropy/sequence": "entropy, nats/answer",
+    "length": "length, tokens", "lam": "lam", "mu": "mu",
+}  # fmt: skip
+
+
 def _late(curve: list[dict]) -> dict[str, float]:
     """Means over the last third of training."""
     rows = curve[len(curve) * 2 // 3 :]
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def _late_row(name: str, unit: dict) -> str:
+    late = _late(unit["curve"])
+    cells = [f"{late[key]:.4g}" if key in late else "-" for key in LATE]
+    return f"| {name} | {' | '.join(cells)} | {unit['verdict'] or '-'} |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,6 +244,10 @@ def main(argv: list[str] | None = None) -> int:
     (arguments.output_dir / "model.json").write_text(json.dumps(found) + "\n")
     (arguments.output_dir / "model.md").write_text(text, encoding="utf-8")
     quality_diversity({name: unit["row"] for name, unit in found.items()}, arguments.output_dir / "model.png")
+    curves = {name.removeprefix("online: "): [found[name]["curve"]] for name in (RLHF, *AT_RLHFS_REWARD)}
+    late = _late(found[RLHF]["curve"])
+    targets = {"reward": [late["reward"]], "kl": [1.25 * late["kl"]]}
+    dual_figure(curves, targets, arguments.output_dir / "model-dual.png", reward_range=(-0.35, 0.1))
     print(text)
     return 0
 

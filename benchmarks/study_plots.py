@@ -166,17 +166,21 @@ def transformer_figure(m, path: Path) -> None:
     plt.close(figure)
 
 
-def dual_figure(m, path: Path) -> None:
-    """reward, entropy, lam and mu over the steps, one line a run, all seeds; reward as its distance to the seed's R."""
+def dual_figure(
+    runs: dict[str, list[list[dict]]], targets: dict[str, list[float]], path: Path, reward_range: tuple[float, float]
+) -> None:
+    """reward, entropy, lam and mu over the steps: label -> a training curve per seed.
+
+    `targets` has each seed's R and K, keys "reward" and "kl": reward is drawn as its distance to R, within `reward_range`.
+    """
     figure, axes = plt.subplots(2, 3, figsize=(16, 8), layout="constrained", sharex=True)
     keys = ("reward", "kl", "lam", "entropy/sequence", "length", "mu")
     panels = dict(zip(keys, axes.flat, strict=True))
-    targets = {"reward": m.late("rlhf", "reward"), "kl": [1.25 * kl for kl in m.late("rlhf", "kl")]}
-    for (unit, label), color in zip(RUNS.items(), COLORS, strict=False):
-        for i, found in enumerate(m.seeds.values()):
+    for (label, curves), color in zip(runs.items(), COLORS, strict=False):
+        for i, curve in enumerate(curves):
             for key, axis in panels.items():
-                rows = [row for row in found[unit]["curve"] if key in row]
-                if not rows or (key == "mu" and not unit.startswith("qempo-kl")):
+                rows = [row for row in curve if key in row]
+                if not rows or (key == "mu" and not label.startswith("QEMPO-KL")):
                     continue
                 values = [row[key] for row in rows]
                 if key == "reward":
@@ -193,12 +197,12 @@ def dual_figure(m, path: Path) -> None:
                     label=name,
                 )
     panels["reward"].axhspan(-0.02, 0.02, color="0.6", alpha=0.25)
-    panels["reward"].set_ylim(-0.12, 0.04)
+    panels["reward"].set_ylim(*reward_range)
     panels["kl"].axhline(1, color="0.4", linewidth=1, linestyle=":")
     panels["lam"].set_yscale("log")
     panels["mu"].set_yscale("log")
     dressing = {
-        "reward": ("Reward is brought to R from either side\nband: 2 % each way", "mean reward - R"),
+        "reward": ("Reward, as its distance to R\nband: 2 % each way", "mean reward - R"),
         "kl": ("KL; QEMPO-KL alone has the budget K", "KL / K"),
         "lam": ("lam, the price of reward", "lam"),
         "entropy/sequence": ("Entropy", "entropy of an answer, nats"),
@@ -210,7 +214,7 @@ def dual_figure(m, path: Path) -> None:
         axis.set(xlabel="optimiser step", ylabel=dressing[key][1])
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, which="major")
-    figure.legend(loc="outside lower center", ncols=len(RUNS), frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(runs), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -7,7 +7,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.study_plots import dual_figure, transformer_figure
+from benchmarks.study_plots import RUNS, dual_figure, transformer_figure
 from entropy_po.evaluation.metrics import paired_interval, pass_at_k
 
 HARD = 0.5  # share of the prompts, those that the untrained model is right on least often
@@ -70,7 +70,9 @@ def write(results: dict, folder: Path) -> str:
     (folder / "transformer.md").write_text(page, encoding="utf-8")
     (folder / "dual.md").write_text(dual, encoding="utf-8")
     transformer_figure(measured, folder / "transformer.png")
-    dual_figure(measured, folder / "dual.png")
+    curves = {label: [found[unit]["curve"] for found in measured.seeds.values()] for unit, label in RUNS.items()}
+    targets = {"reward": measured.late("rlhf", "reward"), "kl": [1.25 * kl for kl in measured.late("rlhf", "kl")]}
+    dual_figure(curves, targets, folder / "dual.png", reward_range=(-0.12, 0.04))
     return f"{page}\n{dual}"
 
 

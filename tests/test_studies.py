@@ -77,8 +77,9 @@ def test_the_model_study_runs_and_resumes(tmp_path, capsys, monkeypatch):
         study.main(flags)
     assert "online: RLHF:" in capsys.readouterr().out
     first = (tmp_path / "out" / "model.md").read_text()
-    assert first.count("| held |") + first.count("| not held |") == 5 and "Vendi" not in first
+    assert first.count("| held |") + first.count("| not held |") == 7 and "Vendi" not in first
     study.main(flags)
     assert "online: RLHF:" not in capsys.readouterr().out
     assert (tmp_path / "out" / "model.md").read_text() == first
-    assert (tmp_path / "out" / "model.png").stat().st_size > 10000
+    for picture in ("model.png", "model-dual.png"):
+        assert (tmp_path / "out" / picture).stat().st_size > 10000

@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from entropy_po.evaluation.metrics import paired_interval
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the first row, the untrained model, is black.
-COLORS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00")
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and two more; the first row, the untrained model, is black.
+COLORS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#882255", "#8A8A00")
 SMOOTHING = 5  # steps of the running mean
 
 
