@@ -20,10 +20,10 @@ from benchmarks.step import StepCase, StepProblem
 from entropy_po.bench.implementations import implementations
 from entropy_po.bench.measure import one_line
 from entropy_po.bench.problem import Case, Problem
-from entropy_po.bench.timing import repeats_for, rotated, timed
+from entropy_po.bench.timing import give_back_memory, keep_freed_memory, repeats_for, rotated, timed
 
 FLOOR = "floor"
-UNAVAILABLE, MEMORY = pytest.StashKey[dict](), pytest.StashKey[list]()
+UNAVAILABLE, MEMORY, KEPT = pytest.StashKey[dict](), pytest.StashKey[list](), pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser):
@@ -31,23 +31,32 @@ def pytest_addoption(parser):
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--rounds", type=int, default=5, help="readings of every implementation")
     group.addoption("--long", action="store_true", help="also the cases that take minutes a reading")
+    group.addoption(
+        "--fresh_memory", action="store_true", help="on a CPU: every call takes its memory from the system; some cases"
+    )
     group.addoption("--quick", action="store_true", help="on a GPU: the smaller shapes only")
 
 
 def pytest_configure(config):
     config.stash[UNAVAILABLE], config.stash[MEMORY] = defaultdict(dict), []
+    config.stash[KEPT] = not config.getoption("--fresh_memory") and keep_freed_memory()
 
 
 def _suites(config) -> dict[str, list[suites.Row]]:
     if config.getoption("--device") == "cuda":
         return suites.cuda(config.getoption("--quick"))
+    if config.getoption("--fresh_memory"):
+        return suites.fresh()
     return suites.cpu(config.getoption("--long"))
 
 
 def pytest_generate_tests(metafunc):
     """Readings in the order in which they are made."""
     if "memory_row" in metafunc.fixturenames:
-        rows = suites.memory(metafunc.config.getoption("--device"), metafunc.config.getoption("--long"))
+        config = metafunc.config
+        rows = suites.memory(config.getoption("--device"), config.getoption("--long"))
+        if config.getoption("--fresh_memory"):  # processes of their own, the same in the other report
+            rows = []
         metafunc.parametrize("memory_row", rows, ids=[f"{case.name}: {who}" for case, who in rows])
     if "reading" not in metafunc.fixturenames:
         return
@@ -64,7 +73,7 @@ def pytest_generate_tests(metafunc):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.clear()
-    machine_info.update(report.machine(config.getoption("--device")))
+    machine_info.update(report.machine(config.getoption("--device")), keeps_memory=config.stash[KEPT])
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
@@ -75,7 +84,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 class Current:
     """The one case that is in memory, and what is known of each implementation of it: repeats and errors."""
 
-    case: Case | None = None
+    case: Case | StepCase | None = None
     problem: Problem | StepProblem | None = None
     known: ClassVar[dict[str, dict]] = {}
 
@@ -84,6 +93,7 @@ class Current:
         if cls.case != case:
             cls.case, cls.problem, cls.known = case, None, {}  # the old one is gone before the new one is made
             torch.compiler.reset()  # it stops compiling after a few shapes
+            give_back_memory()
             cls.problem = Problem(case) if isinstance(case, Case) else StepProblem(case)
         return cls.problem
 

@@ -134,6 +134,7 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         "Times are medians over interleaved rounds, ratios medians of ratios within a round. Errors are against fp64: the worst "
         "output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
         "bold.",
+        *_allocation(machine.get("keeps_memory")),
         *_noise(report),
         *_bars(report["bars"]),
     ]
@@ -149,6 +150,16 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         lines += ["", "## Accuracy against speed", "", f"![Accuracy against speed]({pictures['accuracy']})"]
     lines += _unavailable(report["unavailable"])
     return "\n".join(lines) + "\n"
+
+
+def _allocation(kept: bool | None) -> list[str]:
+    if kept is None:  # a GPU's allocator keeps memory by itself
+        return []
+    if kept:
+        return ["", "Freed memory stays with the process, as with jemalloc, which torch's tuning guide advises on a CPU. glibc's own settings "
+                "return it, and the system then clears new pages in every call: `--fresh_memory` measures that."]  # fmt: skip
+    return ["", "Every call takes its memory from the system, which clears it first, as glibc has it unless told otherwise. Whoever "
+            "allocates most then takes longest, and times change with the state of the machine's memory from hour to hour."]  # fmt: skip
 
 
 def _noise(report: dict) -> list[str]:

@@ -61,6 +61,12 @@ def cpu(long: bool) -> dict[str, list[Row]]:
     return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair, "step": step, "scaling": scaling}
 
 
+def fresh() -> dict[str, list[Row]]:
+    """What the memory of each call weighs most in: plain torch as it comes, on a CPU."""
+    suites = cpu(long=False)
+    return {"logits": [row for row in suites["logits"] if not row.case.backward], "step": suites["step"]}
+
+
 def cuda(quick: bool) -> dict[str, list[Row]]:
     device = "cuda"
     shapes = [(8192, 151936), (4096, 131072)] + ([] if quick else [(16384, 248320)])

@@ -14,7 +14,7 @@ from entropy_po.bench import context
 from entropy_po.bench.measure import measure
 from entropy_po.bench.memory import phases
 from entropy_po.bench.problem import Case
-from entropy_po.bench.timing import NOISY
+from entropy_po.bench.timing import NOISY, keep_freed_memory
 
 MIB = 1 << 20
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -23,6 +23,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     case = _case(arguments)
+    keep_freed_memory()
     row, failed = measure(case, arguments.rounds, progress=partial(_progress, what="rounds"))
     memory = {}
     for who in _progress(row["who"], "memory"):
