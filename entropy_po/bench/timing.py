@@ -15,6 +15,8 @@ NOISY = 0.25  # a spread above which a few percent are not to be believed
 # A call is repeated until one reading takes this long: on CUDA so that its launch does not count, on a CPU so that an
 # interruption or the state in which the one before left caches and allocator does not.
 READING_SECONDS = {"cuda": 0.02, "cpu": 0.1}
+_LIBC: Any = ctypes.CDLL(None) if os.name == "posix" else None
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
@@ -30,10 +32,6 @@ def give_back_memory() -> None:
     """What is free in this process goes back to the system, so that the next case does not start in pieces of the last."""
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
-
-
-_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def timed(run: Callable[[], Any], repeats: int = 1) -> float:
