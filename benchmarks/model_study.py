@@ -122,12 +122,10 @@ class Study:
         rlhf = {"method": "rlhf", "beta": ONLINE_BETA}
         found[RLHF] = self.unit(RLHF, partial(train_online, rlhf, self.tokenizer, size=self.size))
         horizon = self.size["steps"] // 2
-        duals = {
-            "min_reward": 0.0,
-            "relative_to": str(self.folder_of(RLHF)),
-            "dual_horizon": horizon,
-            "dual_warmup": max(1, horizon // 5),
-        }
+        duals = {"min_reward": 0.0, "relative_to": str(self.folder_of(RLHF))}
+        if self.size is QUICK:  # whose KL is noise, and may be negative
+            duals = {"min_reward": 0.5}
+        duals |= {"dual_horizon": horizon, "dual_warmup": max(1, horizon // 5)}
         for name, options in AT_RLHFS_REWARD.items():
             found[name] = self.unit(name, partial(train_online, {**options, **duals}, self.tokenizer, size=self.size))
         return found
