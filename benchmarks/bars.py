@@ -65,9 +65,9 @@ def _pair(row: dict, who: dict, on_cpu: bool) -> Iterator[Bar]:
 
 
 def _as_torch_comes(row: dict, eager: dict) -> Iterator[Bar]:
-    """Against plain torch, most of whose time is that of fresh memory."""
+    """Without a backward or whole, against plain torch, most of whose time is that of fresh memory."""
     limit = {"logits": 12, "step": 1.4}.get(row["suite"])
-    if limit is not None and not row["case"].get("peaked"):
+    if limit is not None and not row["case"].get("backward"):
         yield Bar(f"{row['name']}: times faster than eager", eager["times_ours"], limit, True)
 
 

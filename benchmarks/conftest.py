@@ -39,7 +39,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[UNAVAILABLE], config.stash[MEMORY] = defaultdict(dict), []
-    config.stash[KEPT] = not config.getoption("--fresh_memory") and keep_freed_memory()
+    freed_is_kept = config.getoption("--device") == "cpu" and not config.getoption("--fresh_memory")
+    config.stash[KEPT] = freed_is_kept and keep_freed_memory()
 
 
 def _suites(config) -> dict[str, list[suites.Row]]:
@@ -53,10 +54,9 @@ def _suites(config) -> dict[str, list[suites.Row]]:
 def pytest_generate_tests(metafunc):
     """Readings in the order in which they are made."""
     if "memory_row" in metafunc.fixturenames:
-        config = metafunc.config
-        rows = suites.memory(config.getoption("--device"), config.getoption("--long"))
-        if config.getoption("--fresh_memory"):  # processes of their own, the same in the other report
-            rows = []
+        option = metafunc.config.getoption
+        # in processes of their own, the same in both reports
+        rows = [] if option("--fresh_memory") else suites.memory(option("--device"), option("--long"))
         metafunc.parametrize("memory_row", rows, ids=[f"{case.name}: {who}" for case, who in rows])
     if "reading" not in metafunc.fixturenames:
         return

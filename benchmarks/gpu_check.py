@@ -63,14 +63,10 @@ class Stages:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
             status = f"stopped after {limit:.0f} s"
-            for sent in (signal.SIGINT, signal.SIGKILL):  # pytest prints its failures when interrupted
-                with_group(process, sent)
-                try:
-                    process.wait(TO_FINISH)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
-        with_group(process, signal.SIGKILL)  # what it left behind would disturb the next
+            with_group(process, signal.SIGINT)  # pytest prints its failures when interrupted
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TO_FINISH)
+        with_group(process, signal.SIGKILL)  # what is left of it would disturb the next
         reader.join(TO_FINISH)
         self.results[name] = "ok" if status == 0 else f"FAILED ({status})"
         self.say(f"== {name}: {self.results[name]} in {time.monotonic() - start:.0f} s")

@@ -7,6 +7,7 @@ promises are about come first, and report.json is written after each, so that wh
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -21,15 +22,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_times", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the smaller shapes only")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1e9, help="after these no further case is begun")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after these no further case is begun")
     parser.add_argument("--output_dir", type=Path, default=report.RESULTS)
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     rows, memory, unavailable = [], [], {}
-    command, machine = "python -m benchmarks.gpu_times" + (" --quick" * arguments.quick), report.machine("cuda")
+    command = "python -m benchmarks.gpu_times" + (" --quick" * arguments.quick)
 
     def found() -> dict:
-        return report.finished(command, machine, rows, memory, unavailable)
+        return report.finished(command, report.machine("cuda"), rows, memory, unavailable)
 
     cases = [(suite, row) for suite, rows_of in suites.cuda(arguments.quick).items() for row in rows_of]
     cases.sort(key=lambda pair: ((pair[1].case.n, pair[1].case.v) != PROMISED, FIRST.index(pair[0])))
@@ -38,7 +39,7 @@ def main() -> None:
         if left < 0:
             unavailable[row.case.name] = {"the case itself": f"not begun: {arguments.seconds:.0f} s were over"}
             continue
-        print(f"{left if left < 1e8 else 0:4.0f} s  {suite}: {row.case.name}", flush=True)
+        print(f"{suite}: {row.case.name} ({left:.0f} s left)", flush=True)
         try:
             figures, failed = measure(row.case, min(arguments.rounds, row.rounds or 99), row.who)
         except Exception as error:  # such as no memory for the inputs: the other cases are still worth having
@@ -50,7 +51,6 @@ def main() -> None:
     for row in suites.memory("cuda", long=not arguments.quick):
         if time.monotonic() < end:
             memory.append(report.memory_reading(*row))
-    report.save(found(), arguments.output_dir)
     print(report.write(found(), arguments.output_dir))
 
 

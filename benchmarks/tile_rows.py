@@ -1,46 +1,80 @@
 """What the height of a tile costs: `python -m benchmarks.tile_rows` writes benchmarks/results/cpu/tile_rows.md.
 
-Three questions. How many rows of logits must a deferred tile have to beat computing the logits twice? MIN_TILE_ROWS of
-entropy_po.plan is the answer. And what do the bare products cost when they are cut into tiles of whole rows, as a budget cuts
-them? No method that keeps whole rows in the budget is faster than that. And what
-does it save that a CPU's workspace is not fresh from the system at every call (entropy_po.pages)?
+Four questions. How many rows of logits must a deferred tile have to beat computing the logits twice? MIN_TILE_ROWS of
+entropy_po.plan is the answer. What do the bare products cost when they are cut into tiles of whole rows, as a budget cuts
+them? No method that keeps whole rows in the budget is faster than that. How large should a tile of any shape be?
+DEFAULT_CPU_WORKSPACE. And what does it save that a CPU's workspace is not fresh from the system at every call
+(entropy_po.pages)?
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from unittest import mock
 
 import torch
 
 from benchmarks.report import RESULTS
 from entropy_po import pages
-from entropy_po.bench.implementations import pair_loss
+from entropy_po.bench.implementations import OURS, implementations, pair_loss
 from entropy_po.bench.problem import Case, Problem
-from entropy_po.bench.timing import ratio, time_interleaved
-from entropy_po.plan import DEFAULT_CPU_SEQUENCE_WORKSPACE, MIN_TILE_ROWS, slices
+from entropy_po.bench.timing import keep_freed_memory, ratio, time_interleaved
+from entropy_po.ops import linear_token_stats
+from entropy_po.plan import DEFAULT_CPU_SEQUENCE_WORKSPACE, DEFAULT_CPU_WORKSPACE, MIN_TILE_ROWS, slices
+
+DTYPES = ("float32", "bfloat16")
 
 
 def deferred_against_recompute(rounds: int) -> list[str]:
     enough = MIN_TILE_ROWS["cpu"]
     heights = (enough // 2, enough, 2 * enough)
-    lines = ["| case | " + " | ".join(f"{n} rows" for n in heights) + " |", "|---|---:|---:|---:|"]
-    for trained in (True, False):
-        problem = Problem(Case("pair", 1024, 49152, 576, trained=trained))
-        candidates = {"recompute": lambda p=problem: p.run(lambda p: pair_loss(p, strategy="recompute"))}
-        for n in heights:
-            budget = n * 4 * (problem.case.v + 2 * problem.case.d)
-            candidates[str(n)] = lambda p=problem, budget=budget: p.run(
-                lambda p: pair_loss(p, strategy="deferred", workspace_bytes=budget)
-            )
-        seconds = time_interleaved(candidates, rounds)
-        ratios = [ratio(values, seconds["recompute"]) for name, values in seconds.items() if name != "recompute"]
-        lines.append(f"| {problem.case.name} | " + " | ".join(f"{value:.2f}" for value in ratios) + " |")
+    problem = Problem(Case("pair", 1024, 49152, 576))
+    candidates = {"recompute": lambda: problem.run(lambda p: pair_loss(p, strategy="recompute"))}
+    for n in heights:
+        budget = n * 4 * (problem.case.v + 2 * problem.case.d)
+        candidates[f"{n} rows"] = lambda budget=budget: problem.run(
+            lambda p: pair_loss(p, strategy="deferred", workspace_bytes=budget)
+        )
+    return [*_header(list(candidates)[1:]), _row(problem.case, time_interleaved(candidates, rounds), "recompute")]
+
+
+def sizes_of_the_workspace(rounds: int) -> list[str]:
+    """Of tiles of any shape; a call on a CPU never uses more than DEFAULT_CPU_WORKSPACE for them, which is what varies here."""
+    keep_freed_memory()
+    sizes, default = (8, 16, 32, 64, 128, 256), DEFAULT_CPU_WORKSPACE >> 20
+    lines = _header([f"{mib} MiB" for mib in sizes if mib != default])
+    cases = [Case("hidden", 512, 32768, 1024, dtype) for dtype in DTYPES]
+    cases += [
+        Case("hidden", 4096, 32768, 576, "bfloat16"),
+        Case("hidden", 1024, 49152, 576, "bfloat16", backward=False),
+    ]
+    cases += [Case("pair", 1024, 49152, 576, dtype, trained=False) for dtype in DTYPES]
+    for case in cases:
+        problem = Problem(case)
+
+        def ours(mib, problem=problem):
+            with mock.patch.object(linear_token_stats, "DEFAULT_CPU_WORKSPACE", mib << 20):
+                problem.run(implementations(problem.case)[OURS])
+
+        seconds = time_interleaved({f"{mib} MiB": partial(ours, mib) for mib in sizes}, rounds)
+        lines.append(_row(case, seconds, f"{default} MiB"))
     return lines
 
 
+def _header(names: list[str]) -> list[str]:
+    return [f"| case | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+
+
+def _row(case: Case, seconds: dict[str, list[float]], unit: str) -> str:
+    """Of all candidates but one, their times as multiples of that one's."""
+    ratios = [ratio(values, seconds[unit]) for name, values in seconds.items() if name != unit]
+    return f"| {case.name} | " + " | ".join(f"{value:.2f}" for value in ratios) + " |"
+
+
 def bare_products_in_tiles(rounds: int, n: int = 1024, d: int = 576) -> list[str]:
-    lines = ["| V | rows that the budget holds | rows of a tile | logits | dH | dW | two products | three |"]
-    lines += ["|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = ["| V | rows that the budget holds | rows of a tile | logits | dH | dW | all three |"]
+    lines += ["|---:|---:|---:|---:|---:|---:|---:|"]
     for v in (49152, 151936):
         held = DEFAULT_CPU_SEQUENCE_WORKSPACE // (4 * (v + 2 * d))
         rows = math.ceil(n / math.ceil(n / held))
@@ -67,16 +101,14 @@ def bare_products_in_tiles(rounds: int, n: int = 1024, d: int = 576) -> list[str
         seconds = time_interleaved(candidates, rounds)
         cut, whole = ([seconds[f"{name} {size}"] for name in ("logits", "dh", "dw")] for size in (rows, n))
         ratios = [ratio(a, b) for a, b in zip(cut, whole, strict=True)]
-        for count in (2, 3):
-            totals = ([sum(x) for x in zip(*times[:count], strict=True)] for times in (cut, whole))
-            ratios.append(ratio(*totals))
+        ratios.append(ratio(*([sum(x) for x in zip(*times, strict=True)] for times in (cut, whole))))
         lines.append(f"| {v} | {held} | {rows} | " + " | ".join(f"{value:.2f}" for value in ratios) + " |")
     return lines
 
 
 def fresh_workspace(rounds: int) -> list[str]:
     lines = ["| case | fresh / kept |", "|---|---:|"]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         problem = Problem(Case("pair", 1024, 49152, 576, dtype))
 
         def kept(problem=problem):
@@ -108,6 +140,10 @@ def main(rounds: int = 5) -> None:
         "The loss of a pair, forward and backward, with a workspace fresh from the system at every call.",
         "",
         *fresh_workspace(rounds),
+        "",
+        f"Tiles of any shape, in a process that keeps freed memory: as multiples of the time with {DEFAULT_CPU_WORKSPACE >> 20} MiB.",
+        "",
+        *sizes_of_the_workspace(rounds),
     ]
     text = "\n".join(lines) + "\n"
     (RESULTS / "cpu" / "tile_rows.md").write_text(text)

@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 
 from entropy_po.arguments import whole
-from entropy_po.plan import plan_sequences
+from entropy_po.plan import plan_sequences, plan_tiles
 
 GIB, MIB = 1 << 30, 1 << 20
 STATE_BYTES = 20  # m, s, t and the label's two terms of one row, in fp32 (entropy_po.types)
@@ -108,9 +108,14 @@ def forecast(
     n, v, d = math.ceil(tokens / q), math.ceil(vocab / p), hidden
     plan = plan_sequences(
         [n - n // 2, n // 2], v, d, coupled=2, element=4, trained=trained, workspace_bytes=workspace_bytes, can_defer=True,
-        device_type="cuda",
+        row_by_row=not trained, device_type="cuda",
     ).choice  # fmt: skip
-    tiles = math.ceil(n / max(1, min(plan.tile_rows, n)))
+    tile_rows = min(plan.tile_rows, n)
+    if not trained:
+        tile_rows = plan_tiles(
+            n, v, d, element=4, operand_copies=False, workspace_bytes=workspace_bytes, frozen=True
+        ).rows
+    tiles = math.ceil(n / max(1, tile_rows))
     products = (3 if trained else 2) + (plan.name == "recompute")
     # an all-reduce is received in 2 (P - 1) parts of P; a gather in P - 1 pieces
     states = (p - 1) * STATE_BYTES * n
@@ -124,7 +129,7 @@ def forecast(
     collectives = (tiles + 3 if p > 1 else 0) + (6 if q > 1 else 0)
     wire = (states + hidden_wire) / link(p) + sums / link(p * q) + collectives * rates.latency * 1e-6
     return Forecast(
-        vocab, hidden, tokens, gpus, p, q, plan.name, min(plan.tile_rows, n), n,
+        vocab, hidden, tokens, gpus, p, q, plan.name, tile_rows, n,
         weight_bytes=2 * v * d,
         grad_weight_bytes=6 * v * d if trained else 0,
         hidden_bytes=(2 + 2 + (4 if p > 1 else 0)) * n * d,

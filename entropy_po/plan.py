@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
-# On a CPU, from 8 to 48 MiB the time is the same; beyond, pages cost more than larger tiles save. A GPU's products want
-# thousands of rows and columns.
-DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE = 32 << 20, 1 << 30
+# On a CPU, 64 MiB take 1 to 4 % less time than 32; beyond, pages cost what larger tiles save. A GPU's products want thousands
+# of rows and columns.
+DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE = 64 << 20, 1 << 30
 MIN_TILE_SIDE = 16  # a narrower tile is a matrix-vector product: the budget is refused instead
 
 
@@ -46,15 +46,19 @@ class TilePlan:
         return self.rows >= self.n
 
 
-def tile_bytes(rows: int, cols: int, d: int, *, element: int, operand_copies: bool) -> int:
-    """Bytes of the buffers that one call reuses from tile to tile: the tile [rows, cols], the sum of dW's columns, one
-    product that is added into dW or dH, and, with half-precision operands on a CPU, fp32 copies of hidden and weight rows.
+def tile_bytes(rows: int, cols: int, d: int, *, element: int, operand_copies: bool, frozen: bool = False) -> int:
+    """Bytes of the buffers that one call reuses from tile to tile: the tile [rows, cols], the sum of dW's columns (dH's rows
+    where the head is frozen), one product that is added into dW or dH, and, with half-precision operands on a CPU, fp32
+    copies of hidden and weight rows.
     """
     copies = (rows + cols) * d if operand_copies else 0
-    return element * (rows * cols + cols * d + max(rows, cols) * d + copies)
+    sums = 2 * rows * d if frozen else cols * d + max(rows, cols) * d
+    return element * (rows * cols + sums + copies)
 
 
-def plan_tiles(n: int, v: int, d: int, *, element: int, operand_copies: bool, workspace_bytes: int) -> TilePlan:
+def plan_tiles(
+    n: int, v: int, d: int, *, element: int, operand_copies: bool, workspace_bytes: int, frozen: bool = False
+) -> TilePlan:
     """The largest balanced tile within the budget.
 
     Beside its matrix products a tile costs one pass over its dW columns and one over its dH rows, in all
@@ -65,14 +69,18 @@ def plan_tiles(n: int, v: int, d: int, *, element: int, operand_copies: bool, wo
         ValueError: the budget cannot hold even a 16 x 16 tile with its operand copies.
     """
 
+    def needed(rows: int, cols: int) -> int:
+        return tile_bytes(rows, cols, d, element=element, operand_copies=operand_copies, frozen=frozen)
+
     def fits(rows: int, cols: int) -> bool:
-        return tile_bytes(rows, cols, d, element=element, operand_copies=operand_copies) <= workspace_bytes
+        return needed(rows, cols) <= workspace_bytes
 
     n, v = max(n, 1), max(v, 1)
     smallest = min(n, MIN_TILE_SIDE), min(v, MIN_TILE_SIDE)
     if not fits(*smallest):
-        need = tile_bytes(*smallest, d, element=element, operand_copies=operand_copies)
-        raise ValueError(f"workspace_bytes={workspace_bytes} holds no tile; give at least {need} for hidden size {d}.")
+        raise ValueError(
+            f"workspace_bytes={workspace_bytes} holds no tile; give at least {needed(*smallest)} for hidden size {d}."
+        )
     if fits(n, v):
         rows, cols = n, v
     else:
@@ -85,7 +93,7 @@ def plan_tiles(n: int, v: int, d: int, *, element: int, operand_copies: bool, wo
         # equal tiles instead of full ones and a sliver; columns in whole blocks of 64 so that rows stay aligned
         rows = math.ceil(n / math.ceil(n / rows))
         cols = min(cols, 64 * math.ceil(math.ceil(v / math.ceil(v / cols)) / 64))
-    return TilePlan(n, v, rows, cols, tile_bytes(rows, cols, d, element=element, operand_copies=operand_copies))
+    return TilePlan(n, v, rows, cols, needed(rows, cols))
 
 
 def _largest(fits: Callable[[int], bool], upper: int) -> int:
@@ -107,11 +115,9 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 DEFAULT_CPU_SEQUENCE_WORKSPACE = 256 << 20
 CUDA_WORKSPACE_SHARE = 0.25  # of the memory that is free when the call begins
 # A tile of few rows reads the weight twice, and reads and writes the sum of dW, for little arithmetic; computing the logits
-# again in square tiles costs one product more. On a CPU the two are even below 100 rows, with a trained head as with
-# a frozen one (`python -m benchmarks.tile_rows`); the GPU's number is an estimate from its FLOPs per byte.
+# again in square tiles costs one product more. On a CPU the two are even below 100 rows (`python -m benchmarks.tile_rows`);
+# the GPU's number is an estimate from its FLOPs per byte.
 MIN_TILE_ROWS = {"cpu": 100, "cuda": 1024}
-# The same where there is no sum of dW, and the choice is between two products and three.
-MIN_FROZEN_TILE_ROWS = {"cpu": 100, "cuda": 512}
 
 
 class Choice(NamedTuple):
@@ -142,8 +148,9 @@ WHY = (
     "to read and write that sum for",
     "the longest group has {longest} rows, {workspace_bytes} bytes hold {tile_rows} rows of logits, and the loss does not "
     "depend on a group through one number alone",
+    "the head is frozen: a row's gradient is made from tiles of any shape, up to one number that is multiplied in at the end",
 )
-_BY_NAME, _NO_GRADIENT, _FITS, _LONG, _FEW_ROWS, _NOT_ONE_NUMBER = range(len(WHY))
+_BY_NAME, _NO_GRADIENT, _FITS, _LONG, _FEW_ROWS, _NOT_ONE_NUMBER, _ROW_BY_ROW = range(len(WHY))
 
 
 class Group(NamedTuple):
@@ -160,7 +167,7 @@ class SequencePlan:
 
     choice: Choice
     weight_cols: int = 0  # columns per product: all, unless operands are converted on the way
-    groups: tuple[Group, ...] = ()  # in the order they are processed; none under recompute
+    groups: tuple[Group, ...] = ()  # in the order they are processed; none under recompute, or row by row
 
 
 def check_strategy(strategy: str) -> None:
@@ -194,6 +201,7 @@ def plan_sequences(
     wanted: bool = True,
     can_defer: bool = False,
     anchored: bool = False,
+    row_by_row: bool = False,
     converts: bool = False,
     device_type: str = "cpu",
 ) -> SequencePlan:
@@ -202,6 +210,7 @@ def plan_sequences(
     resident: a group's logits are all in one tile, so its upstream gradients are known while the logits are still there.
     deferred: a long pair takes several tiles, and its one unknown scalar is multiplied in at its end. Where the sum of dW
     already holds another long pair's part, or chosen rows also carry a known weight, this takes one more sum [V, D].
+    Where there is no sum of dW at all, each row has its unknown scalar, and its logits may be in several tiles too.
     recompute: the logits are computed twice, in tiles of any shape.
 
     Args:
@@ -214,13 +223,17 @@ def plan_sequences(
         strategy: one of STRATEGIES. One asked for by name is obeyed, whatever the budget.
         can_defer: whether the loss sees a group through one number.
         anchored: a known weight on chosen rows beside it.
+        row_by_row: whether gradients of log-probs by hidden states are all that is wanted: deferred then has no groups.
         converts: whether operands of a product pass through a buffer, which then takes an eighth of the budget.
     Raises:
         ValueError: an unknown strategy, or "deferred" for a loss that cannot be.
     """
     check_strategy(strategy)
-    if strategy == "deferred" and not can_defer:
-        raise ValueError("strategy='deferred' is for losses that see a pair through its margin alone; use 'auto'.")
+    if strategy == "deferred" and not (can_defer or row_by_row):
+        raise ValueError(
+            "strategy='deferred' is for losses that see a pair through its margin alone, and for log-probs under a frozen head; "
+            "use 'auto'."
+        )
     bounds = [(i, min(i + coupled, len(lengths))) for i in range(0, len(lengths), coupled)] if coupled else []
     sizes = [sum(lengths[i:j]) for i, j in bounds]
     longest = max(sizes, default=0) if coupled else 1
@@ -238,7 +251,9 @@ def plan_sequences(
     elif strategy == "deferred":
         rows = max(rows, min(enough, MIN_TILE_SIDE))
     elif strategy == "auto":
-        if num_long and not can_defer:
+        if row_by_row:
+            name, why = "deferred", _ROW_BY_ROW
+        elif num_long and not can_defer:
             name, why = "recompute", _NOT_ONE_NUMBER
         elif rows < enough:
             name, why = "recompute", _FEW_ROWS
@@ -247,7 +262,7 @@ def plan_sequences(
         else:
             name, why = "resident", _FITS
     choice = Choice(STRATEGIES.index(name), why, longest, rows, workspace_bytes, extra)
-    if name == "recompute":
+    if name == "recompute" or (name == "deferred" and row_by_row):
         return SequencePlan(choice)
     defer = [strategy == "deferred" or size > rows for size in sizes]
     groups = [Group(*bound, True) for bound, deferred in zip(bounds, defer, strict=True) if deferred]

@@ -31,6 +31,21 @@ def transformed(logits: Tensor, transform: Transform) -> Tensor:
     return z
 
 
+def _slope(logits: Tensor, transform: Transform) -> Tensor:
+    """dz / dlogits of `transformed`, [n, v] or what broadcasts to it; anything where z is -inf.
+
+    Not by autograd: inside an operator of torch.library nothing is recorded."""
+    slope = torch.full_like(logits[:, :1], transform.logit_scale)
+    if transform.row_temperature is not None:
+        slope = slope / transform.row_temperature.to(slope.dtype)[:, None]
+    else:
+        slope = slope / transform.temperature
+    if transform.softcap is not None:
+        x = logits if transform.bias is None else logits + transform.bias.to(logits.dtype)
+        slope = slope * (1 - torch.tanh(x * transform.logit_scale / transform.softcap) ** 2)
+    return slope
+
+
 def token_stats(logits: Tensor, labels: Tensor, transform: Transform, ignore_index: int = -100) -> TokenStats:
     """All of `TokenStats` for logits [n, v] and labels [n], through the full softmax.
 
@@ -111,11 +126,9 @@ def grad_(
     out: Tensor,
 ) -> None:
     """Write d loss / d tile into `out`; see `entropy_po.tiles.grad_`."""
-    with torch.enable_grad():
-        x = tile.detach().to(state.dtype).requires_grad_()
-        z = transformed(x, transform)
+    z = transformed(tile, transform)
     m, s, t = state[0], state[1], state[2]
-    d = z.detach() - m[:, None]
+    d = z - m[:, None]
     p = d.exp() / s[:, None]
     gz = torch.zeros_like(p)
     index = labels - vocab_start
@@ -129,6 +142,5 @@ def grad_(
         active = active & (g_ent != 0)
     if g_ent is not None:
         gz -= g_ent[:, None] * p * (d.masked_fill(d == -torch.inf, 0) - (t / s)[:, None])
-    gz = gz.masked_fill((z.detach() == -torch.inf) | ~active[:, None] | (s == 0)[:, None], 0)
-    (gx,) = torch.autograd.grad(z, x, gz)
-    out.copy_(gx.masked_fill(gz == 0, 0))
+    gx = gz * _slope(tile.to(state.dtype), transform)
+    out.copy_(gx.masked_fill((z == -torch.inf) | ~active[:, None] | (s == 0)[:, None], 0))

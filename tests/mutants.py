@@ -27,9 +27,10 @@ class Fault(NamedTuple):
 
 
 CPP, STATE, TRITON = "csrc/tile.h", "entropy_po/types.py", "kernels/row_math.py"
-PAIR, SUMS, OBJECTIVE = (
+PAIR, SUMS, STATS, OBJECTIVE = (
     "entropy_po/ops/linear_preference_loss.py",
     "entropy_po/ops/sequences.py",
+    "entropy_po/ops/linear_token_stats.py",
     "entropy_po/objective.py",
 )
 WHOLE_FOLD, SPLIT_FOLD = (
@@ -40,6 +41,7 @@ STRATEGIES, LOSSES = (
     "test_sequence_losses.py::test_every_strategy_agrees_with_fp64",
     "test_objective.py::test_losses_match_their_definitions",
 )
+FROZEN = "test_linear_token_stats.py::test_a_frozen_head_whose_rows_rise_from_tile_to_tile"
 
 FAULTS = [
     # the tile mathematics in C++
@@ -75,9 +77,12 @@ FAULTS = [
     Fault("the rejected answer begins one row late", PAIR, "g_logp[max(chosen.stop - part.start, 0) :] = -1", "g_logp[max(chosen.stop - part.start, 0) + 1 :] = -1", STRATEGIES),
     Fault("each tile's dW overwrites the last one's", SUMS, "        if self.bias is not None:\n            self.bias += gradient.sum(0, dtype=self.bias.dtype)\n        self.empty = False", "        if self.bias is not None:\n            self.bias += gradient.sum(0, dtype=self.bias.dtype)", STRATEGIES),
     Fault("the upstream gradient is dropped from a second backward", SUMS, "return (saved * _with_all_digits(factor, saved)).to(dtype)", "return saved.to(dtype)", "test_sequence_losses.py::test_backward_again"),
-    Fault("a row without an upstream gradient keeps its NaN", SUMS, ".masked_fill_(factors[rows] == 0, 0)", "", "test_linear_token_stats.py::test_a_row_without_an_upstream_gradient_has_none_even_if_it_is_nan"),
+    Fault("a row without an upstream gradient keeps its NaN", SUMS, ".masked_fill_(factor == 0, 0)", "", "test_linear_token_stats.py::test_a_row_without_an_upstream_gradient_has_none_even_if_it_is_nan"),
     Fault("a kept gradient is scaled in place although it is read again", SUMS, "result = torch.empty_like(saved) if _graph_is_kept() else saved", "result = saved", "test_linear_token_stats.py::test_frozen_head_takes_two_products"),
-    Fault("an entropy gradient that was not expected is dropped", "entropy_po/ops/linear_token_stats.py", "if ctx.ahead and grad_entropy is None:", "if ctx.ahead and grad_logps is not None:", "test_linear_token_stats.py::test_an_entropy_gradient_that_was_not_expected_is_right"),
+    Fault("an entropy gradient that was not expected is dropped", STATS, "if ctx.ahead and grad_entropy is None:", "if ctx.ahead and grad_logps is not None:", "test_linear_token_stats.py::test_an_entropy_gradient_that_was_not_expected_is_right"),
+    Fault("sums keep an older maximum", STATS, "                _rescale_(total, before, part[0])\n", "                pass\n", FROZEN),
+    Fault("the label stays among the others", STATS, "            head.take_labels_(tile, rows, cols, labels)\n", "", FROZEN),
+    Fault("an empty row so far is no row", STATS, "part[1].sign()", "1", FROZEN),
     Fault("kept rows are spread over those not yet moved", "entropy_po/ops/lm_head.py", "for part in reversed(list(slices(0, head.num_kept, chunk))):", "for part in slices(0, head.num_kept, chunk):", "test_linear_token_stats.py::test_many_ignored_rows_among_many"),
     Fault("dH of a split vocabulary is not summed", "entropy_po/ops/lm_head.py", "        head.shards.ranks.sum_(result[: head.num_kept])\n", "", "test_parallel.py::test_linear_token_stats_over_a_split_vocabulary"),
     Fault("memory goes back while a tensor is over it", "entropy_po/pages.py", "    weakref.finalize(array, _give_back, pages).atexit = False\n", "    _give_back(pages)\n", "test_pages.py"),

@@ -156,7 +156,7 @@ def test_frozen_head_takes_two_products(dtype, workspace, case, poisoned, tiles_
     "times, options",
     [
         (1, {"outputs": ("logps",)}),
-        (2, {"outputs": ("logps",), "workspace_bytes": 300_000}),
+        (1, {"outputs": ("logps",), "workspace_bytes": 30_000}),
         (1, {"outputs": ("logps", "lse")}),
         (1, {"expect_entropy_grad": False}),
         (2, {}),
@@ -168,6 +168,42 @@ def test_how_often_the_logits_of_a_frozen_head_are_made(times, options, tiles_ma
     stats = linear_token_stats(hidden.requires_grad_(), weight, labels, **options)
     (stats.entropy if stats.logps is None else stats.logps).sum().backward()
     assert sum(rows * cols for rows, cols in tiles_made) == times * 300 * 1003
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_head_whose_rows_rise_from_tile_to_tile(backend, dtype, tiles_made):
+    """Sums are kept relative to the largest logit so far: it rises by a hundred a tile, stays where it was in the first, or is
+    -inf for some tiles; labels out of reach, almost certain, and alive among a few."""
+    n, d, v = 40, 16, 700
+    hidden, weight, _, _ = problem(n, d, v, dtype)
+    first, nothing, few, last = torch.arange(n).split(10)
+    labels, keep = torch.empty(n, dtype=torch.int64), torch.ones(n, v, dtype=torch.bool)
+    labels[first], labels[nothing], labels[few], labels[last] = 0, 650, 402, v - 1
+    keep[torch.cat([nothing, few]), :400] = False
+    keep[few, 404:] = False
+    hidden.requires_grad_()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    g = torch.randn(n)
+    for of_the_first in (0, 1000):
+        bias = torch.linspace(0, 800, v).to(dtype)
+        bias[0] = of_the_first
+        ours = linear_token_stats(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            keep_mask=keep,
+            outputs=("logps",),
+            workspace_bytes=40_000,
+            backend=backend,
+        )
+        exact = oracles.stats(exact_hidden @ weight.double().t(), labels, bias=bias.double(), keep_mask=keep)[0]
+        assert torch.allclose(ours.logps.double(), exact, rtol=1e-6, atol=1e-4)
+        (gradient,) = torch.autograd.grad(ours.logps, hidden, g)
+        (truth,) = torch.autograd.grad(exact, exact_hidden, g.double())
+        oracles.assert_gradient(gradient, truth, upstream=1e-3, slack=2)
+    assert max(cols for _, cols in tiles_made) < 400 and sum(r * c for r, c in tiles_made) == 2 * n * v
 
 
 def test_a_row_without_an_upstream_gradient_has_none_even_if_it_is_nan():

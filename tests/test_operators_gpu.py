@@ -66,11 +66,15 @@ def test_linear_token_stats(backend, dtype, workspace):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_frozen_head_with_entropy_as_a_metric(backend, dtype):
+@pytest.mark.parametrize("workspace", [None, 2 << 20])
+def test_frozen_head_with_entropy_as_a_metric(backend, dtype, workspace):
     hidden, weight, bias, labels = problem(dtype)
+    bias = bias + torch.linspace(0, 50, V, device="cuda").to(dtype)  # the largest logit rises from tile to tile
     hidden.requires_grad_()
     exact_hidden = hidden.detach().double().requires_grad_()
-    ours = linear_token_stats(hidden, weight, labels, bias=bias, expect_entropy_grad=False, backend=backend)
+    ours = linear_token_stats(
+        hidden, weight, labels, bias=bias, expect_entropy_grad=False, workspace_bytes=workspace, backend=backend
+    )
     exact = oracles.stats(exact_hidden @ weight.double().t(), labels, bias=bias.double())
     oracles.assert_stats(ours, [e.detach() for e in exact], 2e-5)
     g = torch.randn(N, device="cuda")

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from entropy_po import EntropyObjective, linear_preference_loss, sequence_loss
+from entropy_po.ops import gemm
 from entropy_po.testing import allocations
 
 OBJECTIVE = EntropyObjective.hdpo(beta=0.1, alpha=1.2)
@@ -484,7 +485,7 @@ def test_losses_of_ones_own(name, strategy, workspace, dtype):
 
 def test_a_loss_that_would_lose_gradients_is_refused():
     hidden, weight, _, labels = problem()
-    hidden.requires_grad_()
+    hidden, weight = leaves(hidden, weight)
     scale = torch.nn.Parameter(torch.ones(()))
 
     def run(loss_fn, **options):
@@ -494,6 +495,9 @@ def test_a_loss_that_would_lose_gradients_is_refused():
         run(lambda batch: scale * batch.logps.sum())
     run(lambda batch: scale * batch.logps.sum(), strategy="recompute").loss.backward()
     assert scale.grad is not None
+    frozen = sequence_loss(hidden, weight.detach(), labels, FULL, lambda batch: scale * batch.logps.sum())
+    assert frozen.strategy == "deferred"
+    assert torch.autograd.grad(frozen.loss, scale)[0] == pytest.approx(frozen.logps.sum().item(), rel=1e-5)
     for strategy in ("resident", "recompute"):
         with pytest.raises(ValueError, match="scalar tensor"):
             run(lambda batch: batch.logps, strategy=strategy)
@@ -510,11 +514,53 @@ def test_a_loss_that_would_lose_gradients_is_refused():
 def test_tokens_alone_never_need_a_second_product():
     """With known weights per token any tile will do: no sequence has to fit."""
     hidden, weight, _, labels = problem()
-    hidden.requires_grad_()
+    hidden, weight = leaves(hidden, weight)
     output = sequence_loss(
         hidden, weight, labels, FULL, lambda b: -b.token_logps.sum(), coupled=0, workspace_bytes=1 << 16
     )
     assert output.strategy == "resident"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "strategy, workspace", [("auto", None), ("auto", SMALL), ("deferred", SMALL), ("resident", SMALL)]
+)
+def test_a_frozen_head_takes_two_products_on_any_budget(dtype, strategy, workspace, poisoned, monkeypatch):
+    """A pair's gradient is then its rows' own, scaled: no sequence has to fit, nor a row."""
+    made, product = [], gemm.logits_tile
+    monkeypatch.setattr(
+        gemm, "logits_tile", lambda h, w, out, *rest: made.append(out.shape) or product(h, w, out, *rest)
+    )
+    hidden, weight, bias, labels = problem(dtype)
+    (hidden,), exact_hidden = leaves(hidden), exact_leaves(hidden)[0]
+    ref, weights = torch.randn(3, 2) * 3 - 50, torch.rand(3)
+    keep = (torch.rand(V) < 0.7).index_fill(0, labels.clamp_min(0), True)
+    options = {
+        "nll_coef": 0.3,
+        "pair_weights": weights,
+        "softcap": 6.0,
+        "keep_mask": keep,
+        "temperature": torch.rand(N) + 0.5,
+    }
+    output = call((hidden, weight, bias), labels, ref, strategy=strategy, workspace_bytes=workspace, **options)
+    exact = exact_loss((exact_hidden, weight.double(), bias.double()), labels, ref, **options)
+    assert output.strategy == ("resident" if strategy == "resident" else "deferred")
+    assert_same(output.loss, [hidden], exact, [exact_hidden], upstream=3.0)
+    assert sum(rows * cols for rows, cols in made) == int((labels != -100).sum()) * V
+    assert workspace is None or strategy == "resident" or min(cols for _, cols in made) < V
+
+
+@pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_plain_torch_serves_where_no_compiler_was(strategy, trained):
+    """Inside an operator of torch.library nothing is recorded for autograd: the backend of last resort must not need it."""
+    data, ref = problem(), torch.randn(3, 2) - 50
+    ours, cpp = (leaves(*data[:3]) for _ in range(2))
+    for inputs, backend in ((ours, "torch"), (cpp, "cpp")):
+        inputs = inputs if trained else [inputs[0], *(x.detach() for x in inputs[1:])]
+        call(inputs, data[3], ref, strategy=strategy, backend=backend, softcap=6.0).loss.backward()
+    for x, same in zip(ours[: 3 if trained else 1], cpp, strict=False):
+        assert torch.allclose(x.grad, same.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_inside_a_compiled_function_it_runs_as_it_is():

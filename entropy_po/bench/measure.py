@@ -11,7 +11,7 @@ import torch
 
 from entropy_po.bench.implementations import OURS, implementations
 from entropy_po.bench.problem import Case, Problem
-from entropy_po.bench.timing import ratio, spread, time_interleaved
+from entropy_po.bench.timing import give_back_memory, ratio, spread, time_interleaved
 
 
 def one_line(error: Exception) -> str:
@@ -68,7 +68,6 @@ def measure(
         except Exception as error:
             failed[name] = one_line(error)
     problem.__dict__.pop("truth", None)  # its memory may be what an implementation is short of
-    if case.device == "cuda":
-        torch.cuda.empty_cache()
+    give_back_memory()
     seconds = time_interleaved(runs, rounds, progress)
     return summarised(case.name, case.__dict__, floor_name, scale, seconds, errors), failed

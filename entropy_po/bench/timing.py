@@ -23,8 +23,7 @@ def keep_freed_memory() -> bool:
     """Have this process keep what is freed, until `give_back_memory`, as a GPU's allocator and jemalloc do. Whether it can.
 
     glibc returns large blocks to the system at once, and each call that takes them anew has the system zero every page: that
-    took from half to three quarters of the time of implementations that hold logits, and depends on the state of
-    the machine's memory from one hour to the next."""
+    is most of the time of implementations that hold logits, and differs with the state of the machine's memory."""
     return hasattr(_LIBC, "mallopt") and bool(_LIBC.mallopt(M_MMAP_MAX, 0) and _LIBC.mallopt(M_TRIM_THRESHOLD, -1))
 
 
@@ -32,6 +31,7 @@ def give_back_memory() -> None:
     """What is free in this process goes back to the system, so that the next case does not start in pieces of the last."""
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
+    torch.cuda.empty_cache()  # nothing where CUDA was not used
 
 
 def timed(run: Callable[[], Any], repeats: int = 1) -> float:

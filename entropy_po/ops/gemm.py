@@ -181,9 +181,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
     if left.dtype == torch.bfloat16 and left.device.type == "cpu" and compiled_bf16():
         _compiled_product(left, right, total, accumulate=not first)
         return
-    if (
-        left.device.type == "cuda" and left.dtype == torch.bfloat16
-    ):  # torch has it for fp32 results of narrow operands alone
+    # torch has it for fp32 results of narrow operands alone
+    if left.device.type == "cuda" and left.dtype == torch.bfloat16:
         if first:
             torch.mm(left, right, out_dtype=total.dtype, out=total)
         else:

@@ -123,7 +123,8 @@ def linear_preference_loss(
         pair_weights: [B], constants.
         reduction: "mean" or "sum".
         workspace_bytes: bound on what lives beside inputs, gradients and the fp32 sum of a half-precision weight's
-            gradient; None for 256 MiB on a CPU and a quarter of the free memory on a GPU.
+            gradient; None for 256 MiB on a CPU and a quarter of the free memory on a GPU, with a frozen head for 64 MiB and
+            1 GiB.
         strategy: "auto", "resident", "deferred" or "recompute" (`entropy_po.plan.plan_sequences`); a name is obeyed.
         vocab_group: the ranks that split the vocabulary, as in `linear_token_stats`; ref_weight is split as weight is.
         sequence_group: the ranks that split the sequences (context parallelism), None for none: each calls this with its
@@ -301,8 +302,10 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     *flat, a, b, loss, label_smoothing, nll_coef, mean, strategy, workspace_bytes, sequence_group, needs = rest
     options, objective = tuple(flat), EntropyObjective(a, b)
+    row_by_row = needs == [True, False, False]
     if workspace_bytes is None:
-        workspace_bytes = sequences.default_workspace(hidden.device)
+        smaller = row_by_row and strategy in ("auto", "deferred")
+        workspace_bytes = (linear_token_stats if smaller else sequences).default_workspace(hidden.device)
     num_pairs = cu_seqlens.numel() // 2
     # what the exchanges of a group follow from must be the same on all of its ranks
     shared = {"loss": (a, b, loss, label_smoothing, nll_coef, mean), "strategy": strategy, "needs_grad": needs}
@@ -322,11 +325,14 @@ def _forward(
         pair_weights.double() / (max(num_pairs, 1) if mean else 1),
     )
     plan = sequences.plan_for(
-        head, seqs, needs, strategy, workspace_bytes, coupled=2, can_defer=True, anchored=nll_coef > 0
-    )
+        head, seqs, needs, strategy, workspace_bytes,
+        coupled=2, can_defer=True, anchored=nll_coef > 0, row_by_row=row_by_row,
+    )  # fmt: skip
     _log(plan.choice.name, plan.choice.reason)
     if plan.choice.name == "recompute":
         token_logps, token_entropy, grads = _recompute(head, seqs, pair_loss, workspace_bytes, needs)
+    elif plan.choice.name == "deferred" and row_by_row:
+        token_logps, token_entropy, grads = _two_products(head, seqs, pair_loss, workspace_bytes)
     else:
         token_logps, token_entropy, grads = _three_products(head, seqs, plan, pair_loss, needs)
     logps = seqs.sums(token_logps)
@@ -372,6 +378,19 @@ def _recompute(
         g_logp = seqs.per_row(upstream).to(head.arithmetic)
         grads = linear_token_stats.gradients(head, workspace_bytes, state, g_logp, None, needs)
     return stats.logps, stats.entropy, grads
+
+
+def _two_products(
+    head: LmHead, seqs: Sequences, pair_loss: _PairLoss, workspace_bytes: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """With a frozen head: logits once, in tiles of any shape; the gradients of log-probs are scaled when the loss is known."""
+    state, hidden_sum = linear_token_stats.fold_and_gradient(head, workspace_bytes)
+    stats = stats_from_state(state[:, : head.num_kept], ("logps", "entropy"))
+    upstream = pair_loss.upstream(seqs.sums(stats.logps), seqs.lengths, 0, len(seqs))
+    rows = hidden_sum.rows[: head.num_kept]
+    sequences.scale_rows(rows, seqs.per_row(upstream).to(head.arithmetic), out=rows)
+    empty = head.hidden.new_empty(0)
+    return stats.logps, stats.entropy, (hidden_sum.finish(), empty, empty.clone())
 
 
 def _three_products(

@@ -11,16 +11,11 @@ from torch import Tensor
 
 from entropy_po.ops import checks, gemm, parallel, schema, sequences
 from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
-from entropy_po.ops.sequences import GradientSums, RowTiles
 from entropy_po.plan import (
-    DEFAULT_CPU_SEQUENCE_WORKSPACE,
     DEFAULT_CPU_WORKSPACE,
     DEFAULT_CUDA_WORKSPACE,
-    MIN_FROZEN_TILE_ROWS,
     TilePlan,
-    even_slices,
     plan_tiles,
-    rows_of_logits,
 )
 from entropy_po.types import STATE_ROWS, Level, OutputName, TokenStats, new_state, state_dtype, stats_from_state
 
@@ -68,9 +63,8 @@ def linear_token_stats(
     tiles: four vocabulary products in all, three when the weight is frozen.
 
     Two, where weight and bias are frozen and only log-probs will have a gradient: a row's is then d logps[i] / d h_i times
-    one number, so it is made while the row's logits are there, kept [N, D] and multiplied by that number in the backward.
-    (Not over a vocab_group, nor in deterministic mode, nor on a budget that holds fewer than 100 rows of logits, on a GPU
-    512.) A forward that no backward will follow costs one product under torch.no_grad().
+    one number, so it is made in the forward, from the same tiles, kept [N, D] and multiplied by that number in the backward.
+    (Not over a vocab_group.) A forward that no backward will follow costs one product under torch.no_grad().
 
     Args:
         hidden_states: [N, D], fp32 / bf16 / fp16 / fp64, last dimension contiguous (copied otherwise).
@@ -78,9 +72,8 @@ def linear_token_stats(
             product. Under autocast both are cast to its dtype, as `torch.nn.functional.linear` does.
         labels: [N], int64, already shifted. Rows with `ignore_index` give 0 and no gradient, and are not computed.
         bias: [V], or None.
-        workspace_bytes: bound on the tile and what goes with it; None for 1 GiB on a GPU and 256 MiB on a CPU, where more than
-            32 MiB is used for whole rows only, of a frozen head's log-probs. Beside it live the inputs, the gradients,
-            and fp32 sums of those gradients where tiles are added into them.
+        workspace_bytes: bound on the tile and what goes with it; None for 1 GiB on a GPU and 64 MiB on a CPU, where more is not
+            used. Beside it live the inputs, the gradients, and fp32 sums of those gradients where tiles are added into them.
         expect_entropy_grad: whether a gradient of `entropy` will come, where it is among the outputs. Say False where it is a
             metric: with a frozen head that is two products and not three. One that comes all the same is right, at four; so is,
             under torch.compile, an entropy that leaves the compiled function without detach().
@@ -117,14 +110,9 @@ def linear_token_stats(
         hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
     if workspace_bytes is None:
-        workspace_bytes = DEFAULT_CUDA_WORKSPACE if hidden_states.is_cuda else DEFAULT_CPU_SEQUENCE_WORKSPACE
+        workspace_bytes = default_workspace(hidden_states.device)
     only_logps = "logps" in outputs and not ("entropy" in outputs and expect_entropy_grad)
-    ahead = (
-        only_logps
-        and vocab_group is None
-        and _only_hidden_states(hidden_states, weight, bias)
-        and _rows_enough(hidden_states, weight, int(workspace_bytes))
-    )
+    ahead = only_logps and vocab_group is None and _only_hidden_states(hidden_states, weight, bias)
     options = schema.flat_options(transform, ignore_index, outputs, backend, vocab_group)
     results = torch.ops.entropy_po.linear_token_stats(
         hidden_states, weight, bias, labels, *options, int(workspace_bytes), ahead
@@ -138,56 +126,52 @@ def _only_hidden_states(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return torch.is_grad_enabled() and hidden.requires_grad and not others
 
 
-def _rows_enough(hidden: Tensor, weight: Tensor, workspace_bytes: int) -> bool:
-    """Whether tiles of whole rows are worth it. By sizes alone, the number of rows not among them: a traced call decides
-    once for all batches. In deterministic mode a row's bits may not depend on whether a gradient is wanted, or on tiles."""
-    if torch.are_deterministic_algorithms_enabled():
-        return False
-    rows, _ = rows_of_logits(
-        *weight.shape,
-        element=state_dtype(hidden.dtype).itemsize,
-        converts=hidden.dtype == torch.float16 or not hidden.is_cuda,  # at most: gemm knows, and cannot be traced
-        workspace_bytes=workspace_bytes,
-    )
-    return rows >= MIN_FROZEN_TILE_ROWS["cuda" if hidden.is_cuda else "cpu"]
+def default_workspace(device: torch.device) -> int:
+    """1 GiB on a GPU, 64 MiB on a CPU: larger tiles save no time."""
+    return DEFAULT_CUDA_WORKSPACE if device.type == "cuda" else DEFAULT_CPU_WORKSPACE
 
 
-def _plan(head: LmHead, workspace_bytes: int) -> TilePlan:
+def _plan(head: LmHead, workspace_bytes: int, frozen: bool = False) -> TilePlan:
     # Where a row is cut shows in its last bits: deterministic mode cuts it as if it were always among as many rows.
-    rows = DETERMINISTIC_ROWS if torch.are_deterministic_algorithms_enabled() else head.num_kept
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    rows = DETERMINISTIC_ROWS if deterministic else head.num_kept
     plan = plan_tiles(
         rows,
-        head.vocab_size,
+        head.shards.widest,  # rows are cut alike on all ranks of a vocab_group
         head.dim,
         element=head.arithmetic.itemsize,
         operand_copies=head.operand_copies,
         workspace_bytes=workspace_bytes if head.hidden.is_cuda else min(workspace_bytes, DEFAULT_CPU_WORKSPACE),
+        frozen=frozen and not deterministic,
     )
-    return replace(plan, n=max(head.num_kept, 1))
+    return replace(plan, n=head.num_kept, v=head.vocab_size)
 
 
 def _tiles(head: LmHead, plan: TilePlan) -> Iterator[tuple[slice, slice, Operand, Operand, Tensor]]:
     """Every tile of the logits, with its rows, columns and operands. Columns are the outer loop: a weight tile is
     converted once per call, and dW is finished tile by tile, so that its fp32 sum is never larger than a tile's columns."""
-    if head.num_kept == 0 or head.vocab_size == 0:
-        return
     for cols in plan.col_slices():
         weight = head.weight_rows(cols)
         for rows in plan.row_slices():
             hidden = head.hidden_rows(rows)
-            out = head.scratch("tile", (rows.stop - rows.start, cols.stop - cols.start), head.arithmetic)
+            out = head.tile(rows.stop - rows.start, cols.stop - cols.start)
             yield rows, cols, hidden, weight, head.logits(hidden, weight, out)
 
 
 def fold(head: LmHead, workspace_bytes: int) -> Tensor:
     """The row state [5 or 8, N], its first columns those of the kept rows: one pass over the logits."""
-    # One column per row of the call, although only the kept rows' are used: a size that does not depend on the labels.
-    state = new_state(head.num_rows, head.level, head.hidden)
-    state[:, head.num_kept :] = 0
+    state = _empty_state(head)
     for rows, cols, _, _, tile in _tiles(head, _plan(head, workspace_bytes)):
         head.fold_(tile, rows, cols, state[:, rows])
     kept = slice(0, head.num_kept)
     head.complete_(state[:, kept], kept)
+    return state
+
+
+def _empty_state(head: LmHead) -> Tensor:
+    # One column per row of the call, although only the kept rows' are used: a size that does not depend on the labels.
+    state = new_state(head.num_rows, head.level, head.hidden)
+    state[:, head.num_kept :] = 0
     return state
 
 
@@ -229,31 +213,66 @@ def gradients(
     )
 
 
-def _fold_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Tensor]:
-    """The row state as `fold`'s, and d logps[i] / d hidden_states[i] [N, D]: one pass over the logits, two products."""
-    max_rows, weight_cols = rows_of_logits(
-        head.vocab_size,
-        head.dim,
-        element=head.arithmetic.itemsize,
-        converts=head.operand_copies,
-        workspace_bytes=workspace_bytes,
-    )
-    tiles = RowTiles(head, weight_cols)
-    sums = GradientSums(tiles, [True, False, False], num_tiles=1)
-    state = head.hidden.new_zeros((STATE_ROWS[head.level], head.num_rows), dtype=head.arithmetic)
-    for rows in even_slices(0, head.num_kept, max_rows):
-        hidden, tile, state[:, rows] = tiles.fold(rows)
-        upstream = torch.ones_like(state[0, rows])
-        gradient = head.grad_(tile, rows, tiles.all_cols, state[:, rows], upstream, None)
-        sums.add(rows, gradient, hidden, sums.vocab)
-    return state, sums.finish()[0]
+def fold_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, HiddenSum]:
+    """The row state as `fold`'s, and d logps[i] / d h_i of the kept rows: one pass over the logits, two products.
+
+        d logps / d h = x'_label (1 - p_label) W_label - 1/s sum_{j != label} exp(z_j - m) x'_j W_j,    x'_j = dz_j / dlogit_j
+
+    The sum over a row's tiles is kept relative to the largest z so far, as an online softmax is, and divided by s at the end.
+    The label stays out of it: where p_label is almost 1, what is left of that row is a difference of its two terms.
+    """
+    plan = _plan(head, head.shards.ranks.smallest(workspace_bytes, head.hidden.device), frozen=True)
+    state = _empty_state(head)
+    result = HiddenSum(head, products=1, dtype=sequences.held_dtype(head.hidden.dtype))
+    for rows in plan.row_slices():
+        part, n = state[:, rows], rows.stop - rows.start
+        target = result.rows[rows]
+        direct = target.dtype == head.arithmetic
+        total = target if direct else head.scratch("sum", (n, head.dim), head.arithmetic)
+        labels, ones = part.new_full((n,), -torch.inf), part.new_ones(n)
+        hidden = head.hidden_rows(rows)
+        for cols in plan.col_slices():
+            weight = head.weight_rows(cols)
+            tile = head.logits(hidden, weight, head.tile(n, cols.stop - cols.start))
+            before = part[0].clone()
+            head.fold_(tile, rows, cols, part)
+            head.take_labels_(tile, rows, cols, labels)
+            so_far = torch.zeros_like(part)
+            so_far[0], so_far[1] = part[0], part[1].sign()  # exp(z - m) / 1; a row without a live entry yet stays empty
+            gradient = head.grad_(tile, rows, cols, so_far, ones, None)
+            if cols.start:
+                _rescale_(total, before, part[0])
+            gemm.add_product(total, gradient, weight.beside(gradient), cols.start == 0, head.scratch)
+        if not head.vocab_size:  # an empty shard
+            total.zero_()
+        own_m = part[0].clone()
+        head.complete_(part, rows)
+        m, s = part[:2]
+        scale = torch.where(own_m == m, 1, (own_m - m).exp()) / torch.where(s == 0, 1, s)
+        at_label = head.label_gradients(labels, rows, part)
+        for few in sequences.few_rows(total):
+            piece = total[few].mul_(scale[few, None])
+            if head.vocab_size:
+                own = (head.labels[rows][few] - head.shards.start).clamp(0, head.vocab_size - 1)
+                piece.addcmul_(head.weight[own].to(piece.dtype), at_label[few, None])
+            if not direct:
+                target[few] = piece
+    return state, result
+
+
+def _rescale_(total: Tensor, before: Tensor, after: Tensor) -> None:
+    """Sums relative to one maximum per row become relative to another."""
+    same = before == after
+    if total.is_cuda or not bool(same.all()):  # on a GPU, to look would be to wait
+        total *= torch.where(same, 1, (before - after).exp())[:, None]
 
 
 def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *options, workspace_bytes, ahead = rest
     head = LmHead(hidden, weight, bias, labels, tuple(options))
     if ahead:
-        state, gradient = _fold_and_gradient(head, workspace_bytes)
+        state, hidden_sum = fold_and_gradient(head, workspace_bytes)
+        gradient = hidden_sum.finish()
     else:
         state, gradient = fold(head, workspace_bytes), hidden.new_empty(0)
     results = schema.empty_stats(0, [], hidden)

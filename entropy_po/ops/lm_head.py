@@ -81,6 +81,44 @@ class LmHead:
         """The tile of raw logits, fp32 whatever the operands are, ready to be folded or overwritten by its gradient."""
         return gemm.logits_tile(hidden.multiplied, weight.multiplied, out, self.hidden.dtype, self.scratch)
 
+    def tile(self, num_rows: int, num_cols: int) -> Tensor:
+        """Memory for logits. Rows begin at a multiple of 64 bytes, of 32 as bf16: from anywhere, matrix products are slower."""
+        pitch = -(-num_cols // 16) * 16
+        return self.scratch("tile", (num_rows, pitch), self.arithmetic)[:, :num_cols]
+
+    def take_labels_(self, tile: Tensor, rows: slice, cols: slice, raw: Tensor) -> None:
+        """Move the logits of the labels that are among the columns from the tile into `raw` [n]; -inf stays in their place."""
+        index = self.labels[rows, None] - (self.shards.start + cols.start)
+        absent = (index < 0) | (index >= tile.shape[1])
+        index = index.clamp(0, tile.shape[1] - 1)
+        here = tile.gather(1, index)
+        raw.copy_(torch.where(absent, raw[:, None], here)[:, 0])
+        tile.scatter_(1, index, torch.where(absent, here, -torch.inf))
+
+    def label_gradients(self, raw: Tensor, rows: slice, state: Tensor) -> Tensor:
+        """d logps / d logit at the labels [n], from those logits and the rows' complete state; 0 where `raw` is -inf."""
+        index = (self.labels[rows] - self.shards.start).clamp(0, max(self.vocab_size - 1, 0))
+        transform = self.transform.tile(rows, slice(0, self.vocab_size), self.arithmetic)
+        if transform.bias is not None:
+            raw = raw + transform.bias[index]
+        if transform.keep_mask is not None:
+            keep = transform.keep_mask.expand(len(index), self.vocab_size).gather(1, index[:, None])[:, 0]
+            raw = raw.masked_fill(~keep, -torch.inf)
+        tile = raw[:, None].clone()
+        tiles.grad_(
+            tile,
+            torch.zeros_like(index),  # the one column is the label's
+            0,
+            state,
+            torch.ones_like(raw),
+            None,
+            replace(transform, bias=None, keep_mask=None),
+            ignore_index=-1,
+            out=tile,
+            backend=self.backend,
+        )
+        return tile[:, 0]
+
     def complete_(self, state: Tensor, rows: slice) -> None:
         """The state of those rows, once all columns that are here have been folded, becomes that of the vocabulary."""
         self.shards.complete_(state, self.labels[rows])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from entropy_po.ops import checks, parallel, schema, sequences
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
-from entropy_po.plan import Choice, SequencePlan, slices
+from entropy_po.plan import Choice, SequencePlan, Strategy, slices
 from entropy_po.types import IfAsked, OutputName, state_dtype
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class SequenceLossOutput(NamedTuple):
 
     @property
     def strategy(self) -> str:
-        """How the gradients were made: "resident" or "recompute"."""
+        """How the gradients were made: "resident", "deferred" or "recompute"."""
         return self.choice.name
 
     @property
@@ -81,7 +81,7 @@ def sequence_loss(
     keep_mask: Tensor | None = None,
     ignore_index: int = -100,
     workspace_bytes: int | None = None,
-    strategy: Literal["auto", "resident", "recompute"] = "auto",
+    strategy: Strategy = "auto",
     vocab_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
     backend: BackendName | None = None,
@@ -91,19 +91,19 @@ def sequence_loss(
     The loss must be a sum of terms, each over `coupled` consecutive sequences: 2 for pairs, G for a group of G answers, 1 for
     a sequence alone, 0 for a token alone. `loss_fn` is called with some whole groups at a time and returns the sum of
     their terms; where their logits fit the budget its derivatives are taken while the logits are there: three products, two
-    with a frozen head. Otherwise it is called once with everything, and the logits are computed again: one more product,
-    except with a frozen head and log-probs alone on a budget of enough rows (`linear_token_stats`).
+    with a frozen head. Otherwise it is called once with everything, and the logits are computed again: one more product.
+    With a frozen head and log-probs alone it is called once with everything, at two products on any budget.
 
     Args:
         hidden_states, weight, labels, cu_seqlens: as in `linear_preference_loss`; [S + 1] offsets, any number of sequences.
-        loss_fn: SequenceBatch -> scalar. It may use constants; a parameter of its own would get no gradient, and is refused.
+        loss_fn: SequenceBatch -> scalar. It may use constants; a parameter of its own would get no gradient from resident tiles, and is refused.
         coupled: consecutive sequences that a term reads together.
         outputs: "logps", and "entropy" where the loss needs it; what is not named costs nothing.
         vocab_group, sequence_group: as in `linear_preference_loss`. Over a sequence_group, `logps`, `entropy` and `lengths`
             are those of whole sequences and the tokens this rank's: a term over sequences must read no tokens, so that
             it is the same number on every rank, and terms over tokens alone (coupled=0) are summed over the ranks.
         workspace_bytes: as in `linear_preference_loss`.
-        strategy: "auto", "resident" or "recompute".
+        strategy: "auto", "resident", "recompute", or, with a frozen head and log-probs alone, "deferred".
         bias, temperature, softcap, logit_scale, keep_mask, ignore_index, backend: as in `linear_token_stats`.
 
     Returns:
@@ -147,9 +147,11 @@ def sequence_loss(
         shared = {"coupled": coupled, "strategy": strategy, "needs_grad": needs}
         head = LmHead(hidden_states, weight, bias, labels, options, **shared)
         seqs = Sequences(head, cu_seqlens, parallel.group_name("sequence_group", sequence_group), **shared)
-    plan = sequences.plan_for(head, seqs, needs, strategy, workspace_bytes, coupled=coupled)
+    # over a vocab_group, linear_token_stats makes the logits twice
+    row_by_row = needs == (True, False, False) and outputs == ("logps",) and vocab_group is None
+    plan = sequences.plan_for(head, seqs, needs, strategy, workspace_bytes, coupled=coupled, row_by_row=row_by_row)
     batches = _Batches(head, seqs, coupled)
-    if plan.choice.name == "recompute":
+    if plan.choice.name in ("recompute", "deferred"):
         stats = linear_token_stats(
             hidden_states,
             weight,

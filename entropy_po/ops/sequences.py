@@ -124,10 +124,7 @@ class RowTiles:
         """The rows' hidden states, logits and complete row state."""
         head, n = self.head, rows.stop - rows.start
         hidden = head.hidden_rows(rows)
-        pitch = head.vocab_size
-        if head.hidden.device.type != "cpu":  # rows from a multiple of 16 bytes on, as bf16 too: what GPU products want
-            pitch = -(-pitch // 8) * 8
-        tile = head.scratch("tile", (n, pitch), head.arithmetic)[:, : head.vocab_size]
+        tile = head.tile(n, head.vocab_size)
         for cols in self.col_slices():
             head.logits(hidden, head.weight_rows(cols), tile[:, cols])
         state = new_state(n, head.level, head.hidden)
@@ -264,15 +261,25 @@ def _with_all_digits(factor: Tensor, x: Tensor) -> Tensor:
 
 
 def rows_scaled(saved: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same with a factor per row [N]; a row whose factor is 0 is 0, whatever it holds."""
-    factors = factors[:, None]
+    """The same with a factor per row [N]."""
     if type(saved) is not Tensor:
-        return torch.where(factors == 0, 0, saved * factors).to(dtype)
+        return torch.where(factors[:, None] == 0, 0, saved * factors[:, None]).to(dtype)
     result = torch.empty_like(saved) if _graph_is_kept() else saved
-    elements = 1 << (24 if saved.is_cuda else 20)  # a mixed product is made in fp32 first: not of all rows at once
-    for rows in slices(0, len(saved), max(1, elements // max(saved.shape[1], 1))):
-        result[rows] = (saved[rows] * factors[rows]).masked_fill_(factors[rows] == 0, 0)
+    scale_rows(saved, factors, out=result)
     return result.to(dtype)
+
+
+def scale_rows(x: Tensor, factors: Tensor, out: Tensor) -> None:
+    """x [N, D] times a factor per row [N]; a row whose factor is 0 is 0, whatever it holds."""
+    for rows in few_rows(x):
+        factor = factors[rows, None]
+        out[rows] = (x[rows] * factor).masked_fill_(factor == 0, 0)
+
+
+def few_rows(x: Tensor) -> Iterator[slice]:
+    """The rows of `x` [n, D], some megabytes at a time: an expression's temporaries are never as large as it is."""
+    elements = 1 << (24 if x.is_cuda else 20)
+    return slices(0, len(x), max(1, elements // max(x.shape[1], 1)))
 
 
 def _graph_is_kept() -> bool:
