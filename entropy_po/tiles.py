@@ -192,7 +192,7 @@ def grad_(
     tile: Tensor,  # as in fold_; overwritten unless `out` is given
     labels: Tensor,
     vocab_start: int,
-    state: Tensor,  # complete: every tile of the row has been folded
+    state: Tensor,  # m, s and t of every tile of the row, or of those so far (ops/linear_token_stats.py)
     g_logp: Tensor | None,  # [n] in the state's dtype; None: no gradient, and no work for it
     g_ent: Tensor | None,
     transform: Transform,

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import bars, charts, report
+from benchmarks import agreement, bars, charts, report
 from entropy_po.bench import context, timing
 from entropy_po.bench.command import main as bench
 from entropy_po.bench.implementations import OURS, eager_stats, implementations
@@ -170,6 +170,20 @@ def test_bars_are_held_or_missed():
         assert missed == (products if kept else products | {"times faster than eager"})
     assert all(bars.Bar("", 1.0, 1.0, at_least).held for at_least in (True, False))
     assert not bars.Bar("", 0.9, 1.0, True).held and not bars.Bar("", 1.1, 1.0).held
+
+
+def test_two_runs_that_agree_and_a_ratio_that_does_not():
+    one, other = _report(), _report()
+    row = other["rows"][0]
+    eager = next(who for who in row["who"] if who["name"] == "eager")
+    eager["times_floor"] *= 1.5
+    other["rows"].pop()  # a case that only one of them has
+    found = agreement.pairs(one, other)
+    apart = [(pair.case, pair.who, pair.unit) for pair in found if pair.apart > agreement.WITHIN]
+    assert apart == [(row["name"], "eager", "floor")]
+    assert all(pair.who != pair.unit for pair in found)
+    text = agreement.page(one, other)
+    assert f"of {len(found)} ratios" in text and f"{len(found) - 1} (" in text and "| eager | floor |" in text
 
 
 def test_exponent_is_that_of_a_power():

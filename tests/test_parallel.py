@@ -106,6 +106,14 @@ def test_gradients_only_where_needed(ranks, seed, strategy, trained):
     ranks.run(cases.preference, seed, 2, 2, strategy, trained=trained, nll_coef=0.1)
 
 
+@pytest.mark.parametrize("vocab, sequence", [(4, 1), (2, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transform", ["plain", "keep mask"])
+def test_a_frozen_head_in_tiles_of_any_shape(ranks, seed, vocab, sequence, kind, transform):
+    trained = True, False, False
+    ranks.run(cases.preference, seed, vocab, sequence, "auto", transform, kind, trained=trained, nll_coef=0.1)
+
+
 def test_preference_loss_in_bf16(ranks, seed):
     ranks.run(cases.preference, seed, 2, 2, "resident", dtype=torch.bfloat16, bound=6e-3)
 

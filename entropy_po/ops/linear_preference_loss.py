@@ -143,7 +143,7 @@ def linear_preference_loss(
 
     Numerics:
         Tile values and sums are fp32 whatever the operands are; log-probs of sequences, margins and losses are summed in
-        fp64. All strategies agree to rounding.
+        fp64. All strategies agree to rounding. A deferred bf16 gradient is rounded as it is kept, and again as it is scaled.
 
     Example:
         >>> hidden, head = torch.randn(9, 16, requires_grad=True), torch.nn.Linear(16, 50, bias=False)
@@ -304,8 +304,8 @@ def _forward(
     options, objective = tuple(flat), EntropyObjective(a, b)
     row_by_row = needs == [True, False, False]
     if workspace_bytes is None:
-        smaller = row_by_row and strategy in ("auto", "deferred")
-        workspace_bytes = (linear_token_stats if smaller else sequences).default_workspace(hidden.device)
+        any_shape = row_by_row and strategy in ("auto", "deferred")
+        workspace_bytes = sequences.default_workspace(hidden.device, any_shape)
     num_pairs = cu_seqlens.numel() // 2
     # what the exchanges of a group follow from must be the same on all of its ranks
     shared = {"loss": (a, b, loss, label_smoothing, nll_coef, mean), "strategy": strategy, "needs_grad": needs}
@@ -332,7 +332,7 @@ def _forward(
     if plan.choice.name == "recompute":
         token_logps, token_entropy, grads = _recompute(head, seqs, pair_loss, workspace_bytes, needs)
     elif plan.choice.name == "deferred" and row_by_row:
-        token_logps, token_entropy, grads = _two_products(head, seqs, pair_loss, workspace_bytes)
+        token_logps, token_entropy, grads = _two_products(head, seqs, pair_loss, plan.choice.workspace_bytes)
     else:
         token_logps, token_entropy, grads = _three_products(head, seqs, plan, pair_loss, needs)
     logps = seqs.sums(token_logps)

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from entropy_po.ops import checks, gemm, parallel, schema, sequences
 from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
-from entropy_po.plan import (
-    DEFAULT_CPU_WORKSPACE,
-    DEFAULT_CUDA_WORKSPACE,
-    TilePlan,
-    plan_tiles,
-)
+from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE, TilePlan, plan_tiles
 from entropy_po.types import STATE_ROWS, Level, OutputName, TokenStats, new_state, state_dtype, stats_from_state
 
 if TYPE_CHECKING:
@@ -110,7 +105,7 @@ def linear_token_stats(
         hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
     if workspace_bytes is None:
-        workspace_bytes = default_workspace(hidden_states.device)
+        workspace_bytes = DEFAULT_CUDA_WORKSPACE if hidden_states.is_cuda else DEFAULT_CPU_WORKSPACE
     only_logps = "logps" in outputs and not ("entropy" in outputs and expect_entropy_grad)
     ahead = only_logps and vocab_group is None and _only_hidden_states(hidden_states, weight, bias)
     options = schema.flat_options(transform, ignore_index, outputs, backend, vocab_group)
@@ -124,11 +119,6 @@ def _only_hidden_states(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
     """Whether a gradient of them, and of nothing else, may be wanted."""
     others = weight.requires_grad or (bias is not None and bias.requires_grad)
     return torch.is_grad_enabled() and hidden.requires_grad and not others
-
-
-def default_workspace(device: torch.device) -> int:
-    """1 GiB on a GPU, 64 MiB on a CPU: larger tiles save no time."""
-    return DEFAULT_CUDA_WORKSPACE if device.type == "cuda" else DEFAULT_CPU_WORKSPACE
 
 
 def _plan(head: LmHead, workspace_bytes: int, frozen: bool = False) -> TilePlan:
@@ -150,6 +140,8 @@ def _plan(head: LmHead, workspace_bytes: int, frozen: bool = False) -> TilePlan:
 def _tiles(head: LmHead, plan: TilePlan) -> Iterator[tuple[slice, slice, Operand, Operand, Tensor]]:
     """Every tile of the logits, with its rows, columns and operands. Columns are the outer loop: a weight tile is
     converted once per call, and dW is finished tile by tile, so that its fp32 sum is never larger than a tile's columns."""
+    if not head.num_kept:
+        return
     for cols in plan.col_slices():
         weight = head.weight_rows(cols)
         for rows in plan.row_slices():
@@ -215,13 +207,14 @@ def gradients(
 
 def fold_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, HiddenSum]:
     """The row state as `fold`'s, and d logps[i] / d h_i of the kept rows: one pass over the logits, two products.
+    Over a vocab_group, the budget must be the same on all ranks.
 
         d logps / d h = x'_label (1 - p_label) W_label - 1/s sum_{j != label} exp(z_j - m) x'_j W_j,    x'_j = dz_j / dlogit_j
 
     The sum over a row's tiles is kept relative to the largest z so far, as an online softmax is, and divided by s at the end.
     The label stays out of it: where p_label is almost 1, what is left of that row is a difference of its two terms.
     """
-    plan = _plan(head, head.shards.ranks.smallest(workspace_bytes, head.hidden.device), frozen=True)
+    plan = _plan(head, workspace_bytes, frozen=True)
     state = _empty_state(head)
     result = HiddenSum(head, products=1, dtype=sequences.held_dtype(head.hidden.dtype))
     for rows in plan.row_slices():

@@ -97,7 +97,9 @@ class LmHead:
 
     def label_gradients(self, raw: Tensor, rows: slice, state: Tensor) -> Tensor:
         """d logps / d logit at the labels [n], from those logits and the rows' complete state; 0 where `raw` is -inf."""
-        index = (self.labels[rows] - self.shards.start).clamp(0, max(self.vocab_size - 1, 0))
+        if not self.vocab_size:  # an empty shard
+            return torch.zeros_like(raw)
+        index = (self.labels[rows] - self.shards.start).clamp(0, self.vocab_size - 1)
         transform = self.transform.tile(rows, slice(0, self.vocab_size), self.arithmetic)
         if transform.bias is not None:
             raw = raw + transform.bias[index]

@@ -141,14 +141,15 @@ def sequence_loss(
     options = schema.flat_options(transform, ignore_index, outputs, backend, vocab_group)
     inputs = hidden_states, weight, bias
     needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    if workspace_bytes is None:
-        workspace_bytes = sequences.default_workspace(hidden_states.device)
     with torch.no_grad():
         shared = {"coupled": coupled, "strategy": strategy, "needs_grad": needs}
         head = LmHead(hidden_states, weight, bias, labels, options, **shared)
         seqs = Sequences(head, cu_seqlens, parallel.group_name("sequence_group", sequence_group), **shared)
     # over a vocab_group, linear_token_stats makes the logits twice
     row_by_row = needs == (True, False, False) and outputs == ("logps",) and vocab_group is None
+    if workspace_bytes is None:
+        any_shape = row_by_row and strategy in ("auto", "deferred")
+        workspace_bytes = sequences.default_workspace(hidden_states.device, any_shape)
     plan = sequences.plan_for(head, seqs, needs, strategy, workspace_bytes, coupled=coupled, row_by_row=row_by_row)
     batches = _Batches(head, seqs, coupled)
     if plan.choice.name in ("recompute", "deferred"):

@@ -15,6 +15,8 @@ from entropy_po.ops.parallel import Ranks
 from entropy_po.plan import (
     CUDA_WORKSPACE_SHARE,
     DEFAULT_CPU_SEQUENCE_WORKSPACE,
+    DEFAULT_CPU_WORKSPACE,
+    DEFAULT_CUDA_WORKSPACE,
     SequencePlan,
     plan_sequences,
     slices,
@@ -22,13 +24,14 @@ from entropy_po.plan import (
 from entropy_po.types import new_state, stats_from_state
 
 
-def default_workspace(device: torch.device) -> int:
-    """256 MiB on a CPU; on a GPU a quarter of the memory that is free there now, of what torch's allocator has in reserve too:
-    in training that is where most of it is."""
+def default_workspace(device: torch.device, any_shape: bool = False) -> int:
+    """For tiles of whole rows 256 MiB on a CPU; on a GPU a quarter of the memory that is free there now, of what torch's allocator has
+    in reserve too: in training that is where most of it is. For tiles of any shape at most 64 MiB and 1 GiB: more saves no time."""
     if device.type != "cuda":
-        return DEFAULT_CPU_SEQUENCE_WORKSPACE
+        return DEFAULT_CPU_WORKSPACE if any_shape else DEFAULT_CPU_SEQUENCE_WORKSPACE
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(CUDA_WORKSPACE_SHARE * (torch.cuda.mem_get_info(device)[0] + reserve))
+    share = int(CUDA_WORKSPACE_SHARE * (torch.cuda.mem_get_info(device)[0] + reserve))
+    return min(share, DEFAULT_CUDA_WORKSPACE) if any_shape else share
 
 
 class Sequences:

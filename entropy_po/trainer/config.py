@@ -86,7 +86,7 @@ class TrainingConfig(TrainingArguments):
 
     max_prompt_length: int | None = _arg(None, "Longest prompt in tokens; of a longer one the end is kept.")
     workspace_bytes: int | None = _arg(None, "Bound on the head's working memory in bytes; None: the device's default.")
-    strategy: str = _arg("auto", "How the head's gradients are made: auto, resident, deferred or recompute.")
+    strategy: str = _arg("auto", "How the head's gradients are made: auto, resident, deferred (pairs) or recompute.")
     disable_dropout: bool = _arg(True, "Switch the model's own dropout off, so that policy and reference start equal.")
     check_head: bool = _arg(True, "Compare the head with the model's own logits on a few tokens before training.")
 
