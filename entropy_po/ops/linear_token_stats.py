@@ -233,15 +233,17 @@ def fold_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Hidde
             so_far = torch.zeros_like(part)
             so_far[0], so_far[1] = part[0], part[1].sign()  # exp(z - m) / 1; a row without a live entry yet stays empty
             gradient = head.grad_(tile, rows, cols, so_far, ones, None)
-            if cols.start:
-                _rescale_(total, before, part[0])
+            if cols.start and (
+                head.hidden.is_cuda or not torch.equal(before, part[0])
+            ):  # on a GPU, to look would be to wait
+                total *= _moved(before, part[0])[:, None]
             gemm.add_product(total, gradient, weight.beside(gradient), cols.start == 0, head.scratch)
         if not head.vocab_size:  # an empty shard
             total.zero_()
         own_m = part[0].clone()
         head.complete_(part, rows)
         m, s = part[:2]
-        scale = torch.where(own_m == m, 1, (own_m - m).exp()) / torch.where(s == 0, 1, s)
+        scale = _moved(own_m, m) / torch.where(s == 0, 1, s)
         at_label = head.label_gradients(labels, rows, part)
         for few in sequences.few_rows(total):
             piece = total[few].mul_(scale[few, None])
@@ -253,11 +255,9 @@ def fold_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Hidde
     return state, result
 
 
-def _rescale_(total: Tensor, before: Tensor, after: Tensor) -> None:
-    """Sums relative to one maximum per row become relative to another."""
-    same = before == after
-    if total.is_cuda or not bool(same.all()):  # on a GPU, to look would be to wait
-        total *= torch.where(same, 1, (before - after).exp())[:, None]
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """What a sum relative to one maximum is multiplied by to be relative to another; both may be -inf."""
+    return torch.where(before == after, 1, (before - after).exp())
 
 
 def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -103,7 +103,7 @@ def sequence_loss(
             are those of whole sequences and the tokens this rank's: a term over sequences must read no tokens, so that
             it is the same number on every rank, and terms over tokens alone (coupled=0) are summed over the ranks.
         workspace_bytes: as in `linear_preference_loss`.
-        strategy: "auto", "resident", "recompute", or, with a frozen head and log-probs alone, "deferred".
+        strategy: "auto", "resident", "recompute", or, with a frozen head, log-probs alone and no vocab_group, "deferred".
         bias, temperature, softcap, logit_scale, keep_mask, ignore_index, backend: as in `linear_token_stats`.
 
     Returns:
