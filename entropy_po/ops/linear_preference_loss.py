@@ -302,18 +302,19 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     *flat, a, b, loss, label_smoothing, nll_coef, mean, strategy, workspace_bytes, sequence_group, needs = rest
     options, objective = tuple(flat), EntropyObjective(a, b)
-    row_by_row = needs == [True, False, False]
-    if workspace_bytes is None:
-        any_shape = row_by_row and strategy in ("auto", "deferred")
-        workspace_bytes = sequences.default_workspace(hidden.device, any_shape)
     num_pairs = cu_seqlens.numel() // 2
     # what the exchanges of a group follow from must be the same on all of its ranks
     shared = {"loss": (a, b, loss, label_smoothing, nll_coef, mean), "strategy": strategy, "needs_grad": needs}
     shared |= {"ref_logps": ref_logps, "pair_weights": pair_weights}
     head = LmHead(hidden, weight, bias, labels, options, **shared)
     seqs = Sequences(head, cu_seqlens, sequence_group, **shared)
+    row_by_row = needs == [True, False, False]
+    plan = sequences.plan_for(
+        head, seqs, needs, strategy, workspace_bytes, row_by_row, coupled=2, can_defer=True, anchored=nll_coef > 0
+    )
+    budget = plan.choice.workspace_bytes
     if ref_hidden is not None:
-        ref_logps = _reference_logps(ref_hidden, ref_weight, ref_bias, labels, seqs, options, workspace_bytes)
+        ref_logps = _reference_logps(ref_hidden, ref_weight, ref_bias, labels, seqs, options, budget)
     if pair_weights is None:
         pair_weights = hidden.new_ones(num_pairs, dtype=torch.float64)
     pair_loss = _PairLoss(
@@ -324,15 +325,11 @@ def _forward(
         None if ref_logps is None else ref_logps.double(),
         pair_weights.double() / (max(num_pairs, 1) if mean else 1),
     )
-    plan = sequences.plan_for(
-        head, seqs, needs, strategy, workspace_bytes,
-        coupled=2, can_defer=True, anchored=nll_coef > 0, row_by_row=row_by_row,
-    )  # fmt: skip
     _log(plan.choice.name, plan.choice.reason)
     if plan.choice.name == "recompute":
-        token_logps, token_entropy, grads = _recompute(head, seqs, pair_loss, workspace_bytes, needs)
+        token_logps, token_entropy, grads = _recompute(head, seqs, pair_loss, budget, needs)
     elif plan.choice.name == "deferred" and row_by_row:
-        token_logps, token_entropy, grads = _two_products(head, seqs, pair_loss, plan.choice.workspace_bytes)
+        token_logps, token_entropy, grads = _two_products(head, seqs, pair_loss, budget)
     else:
         token_logps, token_entropy, grads = _three_products(head, seqs, plan, pair_loss, needs)
     logps = seqs.sums(token_logps)

@@ -147,9 +147,6 @@ def sequence_loss(
         seqs = Sequences(head, cu_seqlens, parallel.group_name("sequence_group", sequence_group), **shared)
     # over a vocab_group, linear_token_stats makes the logits twice
     row_by_row = needs == (True, False, False) and outputs == ("logps",) and vocab_group is None
-    if workspace_bytes is None:
-        any_shape = row_by_row and strategy in ("auto", "deferred")
-        workspace_bytes = sequences.default_workspace(hidden_states.device, any_shape)
     plan = sequences.plan_for(head, seqs, needs, strategy, workspace_bytes, coupled=coupled, row_by_row=row_by_row)
     batches = _Batches(head, seqs, coupled)
     if plan.choice.name in ("recompute", "deferred"):
@@ -164,7 +161,7 @@ def sequence_loss(
             logit_scale=logit_scale,
             keep_mask=keep_mask,
             ignore_index=ignore_index,
-            workspace_bytes=workspace_bytes,
+            workspace_bytes=plan.choice.workspace_bytes,
             vocab_group=vocab_group,
             backend=backend,
         )

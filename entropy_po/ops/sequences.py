@@ -24,7 +24,7 @@ from entropy_po.plan import (
 from entropy_po.types import new_state, stats_from_state
 
 
-def default_workspace(device: torch.device, any_shape: bool = False) -> int:
+def default_workspace(device: torch.device, any_shape: bool) -> int:
     """For tiles of whole rows 256 MiB on a CPU; on a GPU a quarter of the memory that is free there now, of what torch's allocator has
     in reserve too: in training that is where most of it is. For tiles of any shape at most 64 MiB and 1 GiB: more saves no time."""
     if device.type != "cuda":
@@ -79,13 +79,22 @@ class Sequences:
 
 
 def plan_for(
-    head: LmHead, seqs: Sequences, needs: Sequence[bool], strategy: str, workspace_bytes: int, **loss: Any
+    head: LmHead,
+    seqs: Sequences,
+    needs: Sequence[bool],
+    strategy: str,
+    workspace_bytes: int | None,
+    row_by_row: bool,
+    **loss: Any,
 ) -> SequencePlan:
-    """`plan_sequences` for a head; `loss` says what it knows of the loss: coupled, can_defer, anchored.
+    """`plan_sequences` for a head; `loss` says what it knows of the loss: coupled, can_defer, anchored. The budget, the default for
+    None, is `choice.workspace_bytes`.
 
     Every tile is an exchange over the groups that are there, so all ranks plan alike: by the widest shard of the vocabulary,
     the longest part of each sequence, and the smallest budget.
     """
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace(head.hidden.device, row_by_row and strategy in ("auto", "deferred"))
     for ranks in (head.shards.ranks, seqs.ranks):
         workspace_bytes = ranks.smallest(workspace_bytes, head.hidden.device)
     return plan_sequences(
@@ -99,6 +108,7 @@ def plan_for(
         device_type=head.hidden.device.type,
         workspace_bytes=workspace_bytes,
         strategy=strategy,
+        row_by_row=row_by_row,
         **loss,
     )
 
