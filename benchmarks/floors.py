@@ -29,8 +29,8 @@ DEVICES = [
 
 
 def fold_bytes(n: int, v: int, b: int) -> int:
-    """Logits once; label, row state both ways, the label's sector."""
-    return n * (v * b + 72)
+    """Logits once; label, row state, the label's sector; then the state once more, for two outputs."""
+    return n * (v * b + 84)
 
 
 def grad_bytes(n: int, v: int, b_in: int, b_out: int) -> int:
@@ -77,7 +77,7 @@ def document() -> str:
     ]
     n, _, v = SHAPES[0]
     for name, formula, moved in (
-        ("forward", "n (v b + 72)", fold_bytes(n, v, 2)),
+        ("forward", "n (v b + 84)", fold_bytes(n, v, 2)),
         ("backward", "n (2 v b + 28)", grad_bytes(n, v, 2, 2)),
     ):
         times = " | ".join(f"{1e3 * moved / device.bandwidth:.2f} ms" for device in DEVICES)

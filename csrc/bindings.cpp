@@ -16,6 +16,7 @@
 namespace py = pybind11;
 using entropy_po::CpuKernels;
 using entropy_po::DType;
+using entropy_po::StatsArgs;
 using entropy_po::TileArgs;
 
 namespace {
@@ -53,9 +54,10 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-TileArgs with_level(TileArgs a, int level) {
+TileArgs with_level(TileArgs a, int level, bool first) {
   if (level < 0 || level > 2) throw std::invalid_argument("level " + std::to_string(level) + " is not one of 0..2");
   a.level = level;
+  a.first = first;
   return a;
 }
 
@@ -109,15 +111,34 @@ PYBIND11_MODULE(_C, m) {
            py::arg("state_stride"), py::arg("logit_scale"), py::arg("softcap"), py::arg("temperature"),
            py::arg("row_temperature"), py::arg("bias"), py::arg("keep"), py::arg("keep_stride"), py::arg("threads"));
 
+  py::class_<StatsArgs>(m, "StatsArgs", py::module_local())
+      .def(py::init([](uintptr_t state, int64_t state_stride, int64_t n_rows, bool is_double, uintptr_t logps,
+                       uintptr_t entropy, uintptr_t lse, uintptr_t is_top1, uintptr_t mean_logit,
+                       uintptr_t log_sum_sq_probs) {
+             return StatsArgs{pointer<const void>(state),
+                              state_stride,
+                              n_rows,
+                              is_double,
+                              pointer<void>(logps),
+                              pointer<void>(entropy),
+                              pointer<void>(lse),
+                              pointer<void>(mean_logit),
+                              pointer<void>(log_sum_sq_probs),
+                              pointer<uint8_t>(is_top1)};
+           }),
+           py::kw_only(), py::arg("state"), py::arg("state_stride"), py::arg("n_rows"), py::arg("is_double"),
+           py::arg("logps"), py::arg("entropy"), py::arg("lse"), py::arg("is_top1"), py::arg("mean_logit"),
+           py::arg("log_sum_sq_probs"));
+
   m.def(
       "fold",
-      [](const TileArgs& args, int level, const std::string& isa) {
-        const TileArgs a = with_level(args, level);
+      [](const TileArgs& args, int level, bool first, const std::string& isa) {
+        const TileArgs a = with_level(args, level, first);
         const CpuKernels& kernels = resolve_isa(isa);
         py::gil_scoped_release release;
         kernels.fold(a);
       },
-      py::arg("args"), py::arg("level"), py::arg("isa") = "");
+      py::arg("args"), py::arg("level"), py::arg("first"), py::arg("isa") = "");
   m.def(
       "grad",
       [](const TileArgs& args, uintptr_t g_logp, uintptr_t g_entropy, uintptr_t out, int out_dtype, int64_t out_stride,
@@ -130,14 +151,24 @@ PYBIND11_MODULE(_C, m) {
       py::arg("args"), py::arg("g_logp"), py::arg("g_entropy"), py::arg("out"), py::arg("out_dtype"),
       py::arg("out_stride"), py::arg("isa") = "");
 
+  m.def(
+      "stats", [](const StatsArgs& args, const std::string& isa) { resolve_isa(isa).stats(args); }, py::arg("args"),
+      py::arg("isa") = "");
+
 #ifdef ENTROPY_PO_CUDA_ARCHS
   m.def("cuda_fold_workspace", &entropy_po::cuda_fold_workspace, py::arg("args"), py::arg("device"));
   m.def(
       "cuda_fold",
-      [](const TileArgs& args, int level, uintptr_t workspace, int device, uintptr_t stream) {
-        entropy_po::cuda_fold(with_level(args, level), pointer<void>(workspace), device, pointer<void>(stream));
+      [](const TileArgs& args, int level, bool first, uintptr_t workspace, int device, uintptr_t stream) {
+        entropy_po::cuda_fold(with_level(args, level, first), pointer<void>(workspace), device, pointer<void>(stream));
       },
-      py::arg("args"), py::arg("level"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
+      py::arg("args"), py::arg("level"), py::arg("first"), py::arg("workspace"), py::arg("device"), py::arg("stream"));
+  m.def(
+      "cuda_stats",
+      [](const StatsArgs& args, int device, uintptr_t stream) {
+        entropy_po::cuda_stats(args, device, pointer<void>(stream));
+      },
+      py::arg("args"), py::arg("device"), py::arg("stream"));
   m.def(
       "cuda_grad",
       [](const TileArgs& args, uintptr_t g_logp, uintptr_t g_entropy, uintptr_t out, int out_dtype, int64_t out_stride,

@@ -14,6 +14,8 @@
 #include <cstring>
 #include <limits>
 
+#include "tile_args.h"
+
 #if defined(__CUDACC__)
 #define EP_INLINE __host__ __device__ __forceinline__
 #else
@@ -37,6 +39,7 @@ template <>
 struct Numeric<float> {
   using Bits = uint32_t;
   static constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+  static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   // exp(kFloor) comes out as an exact 0: its power of two is the one below all normals
   static constexpr float kFloor = -88.2f;
   static constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -60,6 +63,7 @@ template <>
 struct Numeric<double> {
   using Bits = uint64_t;
   static constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
+  static constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
   static constexpr double kFloor = -709.2;
   static constexpr double kRoundMagic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kLog2e = 1.44269504088896340736;
@@ -155,6 +159,38 @@ template <class T>
 struct RowState {
   T m, s, t, label_d, label_z, q, c, live;
 
+  // No column yet: a label that no tile has held reads NaN, not 0.
+  static EP_INLINE RowState empty() {
+    return {Numeric<T>::kMinusInf, 0, 0, Numeric<T>::kNan, Numeric<T>::kNan, 0, 0, 0};
+  }
+  // Of a row that is not computed: everything that `RowStats` makes of it is 0.
+  static EP_INLINE RowState ignored() { return {0, 1, 0, 0, -1, 1, 0, 1}; }
+
+  // Row `at` of TileArgs::state, of which a level below kExtras has five numbers, not eight.
+  template <class Stored>
+  static EP_INLINE RowState load(const Stored* at, int64_t stride, int level) {
+    RowState r{at[0], at[stride], at[2 * stride], at[3 * stride], at[4 * stride], 0, 0, 0};
+    if (level >= kExtras) {
+      r.q = at[5 * stride];
+      r.c = at[6 * stride];
+      r.live = at[7 * stride];
+    }
+    return r;
+  }
+  template <class Stored>
+  EP_INLINE void store(Stored* at, int64_t stride, int level) const {
+    at[0] = Stored(m);
+    at[stride] = Stored(s);
+    at[2 * stride] = level >= kEntropy ? Stored(t) : Stored(0);  // below, it was moved along and never summed
+    at[3 * stride] = Stored(label_d);
+    at[4 * stride] = Stored(label_z);
+    if (level >= kExtras) {
+      at[5 * stride] = Stored(q);
+      at[6 * stride] = Stored(c);
+      at[7 * stride] = Stored(live);
+    }
+  }
+
   // Make `new_m` the reference maximum. After this every sum is relative to it. `m` = -inf means nothing is summed yet.
   EP_INLINE void rescale(T new_m) {
     if (!(new_m > m)) return;
@@ -181,6 +217,22 @@ struct RowState {
     live += other.live;
   }
 };
+
+// What a complete state says of its row, (3) of kernels/README.md, for the outputs that are wanted. Differences are taken in
+// double: two numbers a row, once per call.
+template <class T>
+EP_INLINE void write_stats(const StatsArgs& a, int64_t row) {
+  const T* const at = static_cast<const T*>(a.state) + row;
+  const bool extras = a.mean_logit || a.log_sum_sq_probs;
+  const auto state = RowState<double>::load(at, a.state_stride, extras ? kExtras : kEntropy);
+  const double log_s = std::log(state.s), entropy = log_s - state.t / state.s;
+  if (a.logps) static_cast<T*>(a.logps)[row] = T(state.label_d - log_s);
+  if (a.entropy) static_cast<T*>(a.entropy)[row] = T(entropy < 0.0 ? 0.0 : entropy);
+  if (a.lse) static_cast<T*>(a.lse)[row] = T(state.m + log_s);
+  if (a.is_top1) a.is_top1[row] = state.label_z >= state.m;
+  if (a.mean_logit) static_cast<T*>(a.mean_logit)[row] = T(state.m + state.c / state.live);
+  if (a.log_sum_sq_probs) static_cast<T*>(a.log_sum_sq_probs)[row] = T(std::log(state.q) - 2.0 * log_s);
+}
 
 // d loss / d z of a row: -p_j * (from_logp + from_entropy * ((z_j - m) - mean_d)), plus from_logp at the label, where
 //   d logp / d z_j = 1[j = label] - p_j        d entropy / d z_j = -p_j (log p_j + entropy) = -p_j ((z_j - m) - t / s)

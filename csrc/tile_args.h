@@ -28,6 +28,16 @@ struct TileArgs {
   DType dtype, out_dtype;
   int level;    // tile.h, Level
   int threads;  // of the CPU; CUDA has its own launch plan
+  bool first;   // fold only: of its rows' tiles. The state is written and not read, that of an ignored row too
+};
+
+// A complete state, and where its outputs go: arrays [n_rows] of T, or null for one that is not wanted.
+struct StatsArgs {
+  const void* state;
+  int64_t state_stride, n_rows;
+  bool is_double;  // T
+  void *logps, *entropy, *lse, *mean_logit, *log_sum_sq_probs;
+  uint8_t* is_top1;
 };
 
 }  // namespace entropy_po

@@ -10,6 +10,7 @@ struct CpuKernels {
   bool (*supported)();
   void (*fold)(const TileArgs&);
   void (*grad)(const TileArgs&);
+  void (*stats)(const StatsArgs&);
 };
 
 // Fastest first; `supported` asks the processor that runs, not the one that compiled.

@@ -4,5 +4,5 @@
 
 namespace entropy_po {
 static bool supported() { return true; }
-const CpuKernels kCpuKernelsBaseline = {"baseline", supported, baseline::fold, baseline::grad};
+const CpuKernels kCpuKernelsBaseline = {"baseline", supported, baseline::fold, baseline::grad, baseline::stats};
 }  // namespace entropy_po

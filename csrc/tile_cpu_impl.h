@@ -101,17 +101,15 @@ void fold_rows(const TileArgs& a) {
   const int64_t stride = a.state_stride;
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic, kRowsPerGrab)
   for (int64_t i = 0; i < a.n_rows; ++i) {
-    if (a.labels[i] == a.ignore_index) continue;
+    T* st = state + i;
+    if (a.labels[i] == a.ignore_index) {
+      if (a.first) RowState<double>::ignored().store(st, stride, kLevel);
+      continue;
+    }
     const Src* x = static_cast<const Src*>(a.tile) + i * a.tile_stride;
     const RowTransform<T> transform(a, i);
     const int64_t label = a.labels[i] - a.vocab_start;
-    T* st = state + i;
-    RowState<double> row{st[0], st[stride], st[2 * stride], st[3 * stride], st[4 * stride], 0, 0, 0};
-    if (kLevel >= kExtras) {
-      row.q = st[5 * stride];
-      row.c = st[6 * stride];
-      row.live = st[7 * stride];
-    }
+    auto row = a.first ? RowState<double>::empty() : RowState<double>::load(st, stride, kLevel);
     alignas(64) T buffer[kBlock];
     for (int64_t col = 0; col < a.n_cols; col += kBlock) {
       const int64_t n = a.n_cols - col < kBlock ? a.n_cols - col : kBlock;
@@ -123,16 +121,7 @@ void fold_rows(const TileArgs& a) {
         row.label_d = label_u * transform.k - (std::isinf(row.m) ? 0.0 : row.m);
       }
     }
-    st[0] = T(row.m);
-    st[stride] = T(row.s);
-    st[2 * stride] = T(row.t);
-    st[3 * stride] = T(row.label_d);
-    st[4 * stride] = T(row.label_z);
-    if (kLevel >= kExtras) {
-      st[5 * stride] = T(row.q);
-      st[6 * stride] = T(row.c);
-      st[7 * stride] = T(row.live);
-    }
+    row.store(st, stride, kLevel);
   }
 }
 
@@ -227,6 +216,10 @@ void grad(const TileArgs& args) {
     case DType::kFloat16: return grad_dtype<Float16, Float16, float>(a);
     case DType::kFloat64: return grad_dtype<double, double, double>(a);
   }
+}
+
+void stats(const StatsArgs& a) {
+  for (int64_t i = 0; i < a.n_rows; ++i) a.is_double ? write_stats<double>(a, i) : write_stats<float>(a, i);
 }
 
 }  // namespace ENTROPY_PO_ISA

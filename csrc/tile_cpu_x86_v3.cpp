@@ -16,6 +16,6 @@ namespace entropy_po {
 static bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
-const CpuKernels kCpuKernelsX86V3 = {"x86-64-v3", supported, x86_v3::fold, x86_v3::grad};
+const CpuKernels kCpuKernelsX86V3 = {"x86-64-v3", supported, x86_v3::fold, x86_v3::grad, x86_v3::stats};
 }  // namespace entropy_po
 #endif

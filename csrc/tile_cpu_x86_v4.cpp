@@ -17,6 +17,6 @@ static bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
 }
-const CpuKernels kCpuKernelsX86V4 = {"x86-64-v4", supported, x86_v4::fold, x86_v4::grad};
+const CpuKernels kCpuKernelsX86V4 = {"x86-64-v4", supported, x86_v4::fold, x86_v4::grad, x86_v4::stats};
 }  // namespace entropy_po
 #endif

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entropy_po.types import Level, TokenStats, Transform, state_dtype
+from entropy_po.types import EMPTY, IGNORED, Level, TokenStats, Transform, state_column, state_dtype
 
 
 def transformed(logits: Tensor, transform: Transform) -> Tensor:
@@ -80,8 +80,12 @@ def fold_(
     *,
     level: Level,
     ignore_index: int,
+    first: bool = False,
 ) -> None:
     """Accumulate a tile [n, v] into `state` in place; see `entropy_po.tiles.fold_`."""
+    if first:
+        ignored, empty = state_column(IGNORED, state), state_column(EMPTY, state)
+        state.copy_(torch.where(labels == ignore_index, ignored, empty))
     z = transformed(tile, transform)
     if z.shape[1] == 0 or z.shape[0] == 0:
         return

@@ -4,6 +4,8 @@ Everything above this layer is these two and a matrix product:
 
 * `fold_` reads a tile of logits [n, v] once and accumulates the row state (`entropy_po.types.new_state`);
 * `grad_` reads it once more and overwrites it with d loss / d tile.
+
+Between them `stats` turns the complete state of rows into their outputs: a few numbers a row, in one launch.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from entropy_po import reference
-from entropy_po.types import Level, Transform
+from entropy_po.types import Level, TokenStats, Transform, stats_from_state
 
 if TYPE_CHECKING:
     from entropy_po._C import TileArgs
@@ -170,22 +172,59 @@ def fold_(
     transform: Transform,  # of this tile (Transform.tile)
     *,
     level: Level,
+    first: bool = False,  # of these rows' tiles: `state` may hold anything, and an ignored row's becomes `types.IGNORED`
     ignore_index: int = -100,
     backend: Backend = Backend.TORCH,
     isa: str = "",
 ) -> None:
-    """Accumulate a tile into the row state, in one read. Tiles of a row may come in any order and any widths."""
+    """Accumulate a tile into the row state, in one read. Tiles of a row may come in any order and any widths, none of them
+    empty if it is the first."""
     if backend is Backend.CPP:
-        compiled_core().fold(_tile_args(tile, labels, vocab_start, state, transform, ignore_index), int(level), isa)
+        args = _tile_args(tile, labels, vocab_start, state, transform, ignore_index)
+        compiled_core().fold(args, int(level), first, isa)
     elif backend is Backend.CUDA:
         args = _tile_args(tile, labels, vocab_start, state, transform, ignore_index)
         device, stream = _cuda_stream(tile)
         workspace = tile.new_empty(compiled_core().cuda_fold_workspace(args, device), dtype=torch.uint8)
-        compiled_core().cuda_fold(args, int(level), workspace.data_ptr(), device, stream)
-    elif backend is Backend.TRITON:
-        triton_kernels().fold_(tile, labels, vocab_start, state, transform, level=level, ignore_index=ignore_index)
+        compiled_core().cuda_fold(args, int(level), first, workspace.data_ptr(), device, stream)
     else:
-        reference.fold_(tile, labels, vocab_start, state, transform, level=level, ignore_index=ignore_index)
+        fold = triton_kernels().fold_ if backend is Backend.TRITON else reference.fold_
+        fold(tile, labels, vocab_start, state, transform, level=level, ignore_index=ignore_index, first=first)
+
+
+def stats(
+    state: Tensor,  # [5 or 8, n], complete
+    outputs: tuple[str, ...],
+    *,
+    backend: Backend = Backend.TORCH,
+    isa: str = "",
+) -> TokenStats:
+    """What the state says of its rows, [n] each; differences are taken in fp64."""
+    if backend is Backend.TORCH:
+        return stats_from_state(state, outputs)
+    made = TokenStats(
+        *(
+            state.new_empty(state.shape[1], dtype=torch.bool if name == "is_top1" else state.dtype)
+            if name in outputs
+            else None
+            for name in TokenStats._fields
+        )
+    )
+    if backend is Backend.TRITON:
+        triton_kernels().stats_(state, made)
+        return made
+    args = compiled_core().StatsArgs(
+        state=state.data_ptr(),
+        state_stride=state.stride(0),
+        n_rows=state.shape[1],
+        is_double=state.dtype == torch.float64,
+        **{name: _address(made_of) for name, made_of in made._asdict().items()},
+    )
+    if backend is Backend.CPP:
+        compiled_core().stats(args, isa)
+    else:
+        compiled_core().cuda_stats(args, *_cuda_stream(state))
+    return made
 
 
 def grad_(

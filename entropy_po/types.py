@@ -79,13 +79,33 @@ class Transform:
 STATE_ROWS = {Level.LOGPS: 5, Level.ENTROPY: 5, Level.EXTRAS: 8}
 
 
+EMPTY = (
+    -torch.inf,
+    0,
+    0,
+    torch.nan,
+    torch.nan,
+    0,
+    0,
+    0,
+)  # nothing folded; a label that no tile has held reads NaN, not 0
+IGNORED = (0, 1, 0, 0, -1, 1, 0, 1)  # of a row that is not computed: every output made of it is 0
+
+
 def new_state(n: int, level: Level, like: Tensor) -> Tensor:
-    """An empty row state for `n` rows: nothing folded, and a label that no tile has held reads NaN, not 0."""
-    dtype = state_dtype(like.dtype)
-    state = torch.zeros((STATE_ROWS[level], n), dtype=dtype, device=like.device)
-    state[0] = -torch.inf
-    state[3:5] = torch.nan
-    return state
+    """The row state of `n` rows of which nothing is folded."""
+    state = state_memory(n, level, like)
+    return state.copy_(state_column(EMPTY, state))
+
+
+def state_memory(n: int, level: Level, like: Tensor) -> Tensor:
+    """What `fold_` makes a row state of with the first of a row's tiles."""
+    return torch.empty((STATE_ROWS[level], n), dtype=state_dtype(like.dtype), device=like.device)
+
+
+def state_column(values: tuple[float, ...], state: Tensor) -> Tensor:
+    """EMPTY or IGNORED as a column [5 or 8, 1] of a state."""
+    return torch.tensor(values[: len(state)], dtype=state.dtype, device=state.device)[:, None]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -116,7 +136,7 @@ def merge_states(states: Tensor, owner: Tensor) -> Tensor:
 
 
 def stats_from_state(state: Tensor, outputs: tuple[str, ...]) -> TokenStats:
-    """Finish a folded state [5 or 8, n]. Differences are taken in fp64: n numbers, once per call."""
+    """What a complete state [5 or 8, n] says of its rows: the specification of `entropy_po.tiles.stats`."""
     m, s, t, label_d, label_z = state[:5].double().unbind()
     log_s = s.log()
     made: dict[str, Tensor] = {}

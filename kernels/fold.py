@@ -1,8 +1,8 @@
 """fold: a tile of logits [n, v] into the row state, in one read.
 
 One program owns one row and walks its columns in blocks; sums stay per lane until the row ends, so that a block costs
-one reduction, its maximum. Traffic per row: its logits once, 40 to 72 bytes of label and state. Nothing is shared between
-programs.
+one reduction, its maximum. Traffic per row: its logits once, 28 to 72 bytes of label and state, which is read only where tiles
+of the row came before. Nothing is shared between programs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from entropy_po.kernels.row_math import (
     LEVEL_ENTROPY,
     LEVEL_EXTRAS,
     MINUS_INF,
+    NAN,
     floored,
     rescale,
     row_pointer,
@@ -52,7 +53,7 @@ def _fold_block(u, k, m, s, t, q, c, live, LEVEL: tl.constexpr):
 
 # Sizes, strides and offsets are not specialised on: no value of theirs compiles anew. What 16-byte loads need to know of
 # the strides comes as one flag, ALIGNED; of the wide pointers, from Triton's own test of their alignment.
-_RUNTIME = ["n_cols", "tile_stride", "state_stride", "keep_stride", "vocab_start", "ignore_index"]
+_RUNTIME = ["n_cols", "tile_stride", "state_stride", "keep_stride", "vocab_start", "ignore_index", "first"]
 _ANY_ALIGNMENT = ["labels_ptr", "state_ptr", "row_temperature_ptr"]
 
 
@@ -70,6 +71,7 @@ def _fold_kernel(
     keep_stride,
     vocab_start,
     ignore_index,
+    first,  # 1: of the row's tiles; the state is written and not read
     k,
     before_tanh,
     slope_scale,
@@ -82,7 +84,19 @@ def _fold_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)  # before the first multiply: rows * stride passes 2^31
     label = tl.load(labels_ptr + row)
+    state_ptr += row
+    step = tl.full((), state_stride, tl.int64)
     if label == ignore_index:
+        # entropy_po.types.IGNORED: every output made of it is 0
+        tl.store(state_ptr, 0.0, mask=first != 0)
+        tl.store(state_ptr + step, 1.0, mask=first != 0)
+        tl.store(state_ptr + 2 * step, 0.0, mask=first != 0)
+        tl.store(state_ptr + 3 * step, 0.0, mask=first != 0)
+        tl.store(state_ptr + 4 * step, -1.0, mask=first != 0)
+        if LEVEL >= LEVEL_EXTRAS:
+            tl.store(state_ptr + 5 * step, 1.0, mask=first != 0)
+            tl.store(state_ptr + 6 * step, 0.0, mask=first != 0)
+            tl.store(state_ptr + 7 * step, 1.0, mask=first != 0)
         return
     dtype: tl.constexpr = state_ptr.dtype.element_ty
     x_ptr = row_pointer(tile_ptr, row, tile_stride, ALIGNED)
@@ -91,24 +105,23 @@ def _fold_kernel(
     k, slope_scale = row_scales(k, slope_scale, row_temperature_ptr, row, dtype)
 
     # What earlier tiles left enters as the sums of lane 0.
-    state_ptr += row
-    step = tl.full((), state_stride, tl.int64)
     lanes = tl.arange(0, BLOCK_V)
-    old_m = tl.load(state_ptr)
-    old_label_d = tl.load(state_ptr + 3 * step)
-    old_label_z = tl.load(state_ptr + 4 * step)
+    old = first == 0
+    old_m = tl.load(state_ptr, mask=old, other=MINUS_INF)
+    old_label_d = tl.load(state_ptr + 3 * step, mask=old, other=NAN)
+    old_label_z = tl.load(state_ptr + 4 * step, mask=old, other=NAN)
     m = old_m
-    s = tl.where(lanes == 0, tl.load(state_ptr + step), 0.0)
+    s = tl.where(lanes == 0, tl.load(state_ptr + step, mask=old, other=0.0), 0.0)
     t = tl.zeros_like(s)
     q = tl.zeros_like(s)
     c = tl.zeros_like(s)
     live = tl.zeros_like(s)
     if LEVEL >= LEVEL_ENTROPY:
-        t = tl.where(lanes == 0, tl.load(state_ptr + 2 * step), 0.0)
+        t = tl.where(lanes == 0, tl.load(state_ptr + 2 * step, mask=old, other=0.0), 0.0)
     if LEVEL >= LEVEL_EXTRAS:
-        q = tl.where(lanes == 0, tl.load(state_ptr + 5 * step), 0.0)
-        c = tl.where(lanes == 0, tl.load(state_ptr + 6 * step), 0.0)
-        live = tl.where(lanes == 0, tl.load(state_ptr + 7 * step), 0.0)
+        q = tl.where(lanes == 0, tl.load(state_ptr + 5 * step, mask=old, other=0.0), 0.0)
+        c = tl.where(lanes == 0, tl.load(state_ptr + 6 * step, mask=old, other=0.0), 0.0)
+        live = tl.where(lanes == 0, tl.load(state_ptr + 7 * step, mask=old, other=0.0), 0.0)
 
     # After each block m is the maximum so far and every sum is relative to it. Whole blocks go without a mask: one with an
     # arbitrary width would cut 16-byte loads into single elements.
@@ -136,6 +149,8 @@ def _fold_kernel(
     tl.store(state_ptr + step, tl.sum(s, axis=0))
     if LEVEL >= LEVEL_ENTROPY:
         tl.store(state_ptr + 2 * step, tl.sum(t, axis=0))
+    else:
+        tl.store(state_ptr + 2 * step, 0.0)
     tl.store(state_ptr + 3 * step, label_d)
     tl.store(state_ptr + 4 * step, label_z)
     if LEVEL >= LEVEL_EXTRAS:
@@ -152,6 +167,7 @@ def fold_(
     transform: Transform,  # of this tile
     *,
     level: Level,
+    first: bool = False,
     ignore_index: int = -100,
     config: LaunchConfig | None = None,  # None: by width and dtype
 ) -> None:
@@ -171,6 +187,7 @@ def fold_(
             state_stride=state.stride(0),
             vocab_start=vocab_start,
             ignore_index=ignore_index,
+            first=int(first),
             LEVEL=int(level),
             ALIGNED=rows_aligned(tile, arguments["keep_ptr"]),
             BLOCK_V=config.block_v,

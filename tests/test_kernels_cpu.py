@@ -1,11 +1,8 @@
 """The C++ kernels of the CPU under the tests that the GPU's have to pass."""
 
-from functools import partial
-from types import SimpleNamespace
-
 import pytest
 from tile_contract import *  # noqa: F403
-from tile_contract import DEVICE
+from tile_contract import DEVICE, functions
 
 from entropy_po import tiles
 from entropy_po.tiles import Backend
@@ -18,6 +15,4 @@ pytestmark = [
 
 @pytest.fixture
 def kernels():
-    return SimpleNamespace(
-        fold_=partial(tiles.fold_, backend=Backend.CPP), grad_=partial(tiles.grad_, backend=Backend.CPP)
-    )
+    return functions(Backend.CPP)

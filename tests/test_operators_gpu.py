@@ -47,6 +47,19 @@ def test_token_stats(backend, dtype, inplace):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_token_stats_launches_fold_stats_and_grad_alone(backend):
+    """Beside them there is what makes upstream gradients and adds the loss up."""
+    x, labels = torch.randn(1200, 5003, device="cuda", requires_grad=True), torch.arange(1200, device="cuda")
+    g = torch.randn(1200, device="cuda")
+    token_stats(x, labels, backend=backend)  # compiles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        stats = token_stats(x, labels, backend=backend)
+        torch.autograd.grad((stats.logps, stats.entropy), x, (g, g))
+    kernels = [event.name for event in profile.events()]
+    assert len(kernels) == 3, kernels
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("workspace", [None, 8 << 20])
 def test_linear_token_stats(backend, dtype, workspace):

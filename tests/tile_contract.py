@@ -1,8 +1,11 @@
 """What every GPU backend of the tile interface must do, judged by the fp64 specification: tests to import.
 
-A file that imports them all gives them a fixture `kernels` with `fold_` and `grad_` as in `entropy_po.tiles`. With a
+A file that imports them all gives them a fixture `kernels` with `fold_`, `grad_` and `stats` as in `entropy_po.tiles`. With a
 GPU the kernels run on it; without one, on whatever that file has to run them on the CPU.
 """
+
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +13,15 @@ from torch.testing import assert_close
 
 from entropy_po import reference, tiles
 from entropy_po.types import (
+    EMPTY,
+    IGNORED,
     STATE_ROWS,
     Level,
     TokenStats,
     Transform,
     merge_states,
     new_state,
+    state_column,
     state_dtype,
     stats_from_state,
 )
@@ -74,6 +80,17 @@ def make_transform(gen, name, n, dtype, v=V, device=DEVICE):
             logit_scale=0.8, softcap=9.0, row_temperature=row_temperature, bias=bias, keep_mask=keep_mask
         ),
     }[name]
+
+
+def functions(backend):
+    """What a fixture `kernels` has, through the tile interface; `stats` as a dict of what was asked for."""
+
+    def stats(state, outputs):
+        made = tiles.stats(state, outputs, backend=backend)._asdict()
+        return {name: values for name, values in made.items() if values is not None}
+
+    fold_, grad_ = (partial(function, backend=backend) for function in (tiles.fold_, tiles.grad_))
+    return SimpleNamespace(fold_=fold_, grad_=grad_, stats=stats)
 
 
 def in_dtype(transform, dtype):
@@ -420,6 +437,51 @@ def test_any_ignore_index(kernels, gen):
     state = new_state(tile.shape[0], Level.ENTROPY, tile)
     kernels.fold_(tile, labels, 0, state, Transform(), level=Level.ENTROPY, ignore_index=3)
     assert state[1, 1] == 0 and (state[1, [0, 2]] > 0).all()
+
+
+@pytest.mark.parametrize("level", list(Level))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_first_tile_begins_the_state(kernels, gen, dtype, level):
+    """Whatever the memory held; a second tile goes on from there, and a row that is ignored has outputs of 0."""
+    tile, labels = make_logits(gen, dtype, kinds=("wide", "holes"))
+    n = tile.shape[0]
+    labels[1] = -100
+    begun = torch.full_like(new_state(n, level, tile), 3.0)
+    begun[:, 2:] = torch.nan
+    expected = new_state(n, level, tile)
+    for cols in (slice(0, 200), slice(200, V)):
+        args = tile[:, cols], labels, VOCAB_START + cols.start
+        kernels.fold_(*args, begun, Transform(), level=level, first=cols.start == 0)
+        kernels.fold_(*args, expected, Transform(), level=level)
+    computed = labels != -100
+    assert same_bits(begun[:, computed], expected[:, computed])
+    assert begun[:, 1].tolist() == list(IGNORED[: len(begun)])
+    for name, values in kernels.stats(begun, STATS if level is Level.EXTRAS else STATS[:4]).items():
+        assert values[1] == 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [0, 1, 127, 129, 300])  # around Triton's and CUDA's blocks of 128
+def test_outputs_of_a_state(kernels, gen, dtype, n):
+    """Against the same formulas in plain torch: no live entry, a NaN, a label that is not live, an entropy below 0 by rounding."""
+    frame = torch.full((8, n + 5), torch.nan, dtype=dtype, device=DEVICE)
+    state = frame[:, 3 : 3 + n]
+    state.copy_(randn(gen, 8, n, dtype=dtype))
+    state[[1, 5, 7]] = state[[1, 5, 7]].abs() + 1
+    state[2:5] = -state[2:5].abs()
+    state[:, 1:2] = state_column(EMPTY, state)
+    state[1, 2:3] = torch.nan
+    state[3:5, 3:4] = -torch.inf
+    state[4, 4:9] = state[0, 4:9]
+    state[1:3, 4:5] = torch.tensor([1.0, 1e-12], dtype=dtype, device=DEVICE)[:, None]
+    expected = stats_from_state(state, STATS)._asdict()
+    for outputs in (STATS, ("logps",), ("entropy", "lse"), ("is_top1",), ("mean_logit",), ("log_sum_sq_probs",)):
+        made = kernels.stats(state, outputs)
+        assert list(made) == [name for name in STATS if name in outputs]
+        for name, values in made.items():
+            assert values.dtype == expected[name].dtype, name
+            eps = 0 if name == "is_top1" else torch.finfo(dtype).eps
+            assert_close(values, expected[name], rtol=2 * eps, atol=2 * eps, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

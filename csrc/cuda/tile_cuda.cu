@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../tile.h"
 #include "launch.h"
 
 namespace entropy_po {
@@ -68,6 +69,14 @@ LaunchPlan plan_launch(const TileArgs& a, int device, bool may_split) {
   return {unsigned(a.n_rows * parts), lanes, int(parts), int(columns)};
 }
 
+constexpr int kStatsLanes = 128;
+
+template <class T>
+__global__ void __launch_bounds__(kStatsLanes) stats_kernel(const StatsArgs a) {
+  const int64_t row = int64_t(blockIdx.x) * kStatsLanes + threadIdx.x;
+  if (row < a.n_rows) write_stats<T>(a, row);
+}
+
 bool is_empty(const TileArgs& a) { return a.n_rows == 0 || a.n_cols == 0; }
 
 }  // namespace
@@ -89,6 +98,14 @@ void cuda_fold(const TileArgs& a, void* workspace, int device, void* stream_hand
     case DType::kFloat16: return fold_dtype<Float16, float>(a, plan, workspace, stream);
     case DType::kFloat64: return fold_dtype<double, double>(a, plan, workspace, stream);
   }
+}
+
+void cuda_stats(const StatsArgs& a, int device, void* stream_handle) {
+  if (a.n_rows == 0) return;
+  const OnDevice on_device(device);
+  const auto kernel = a.is_double ? stats_kernel<double> : stats_kernel<float>;
+  const int64_t blocks = ceil_div(a.n_rows, kStatsLanes);
+  launch(kernel, unsigned(blocks), kStatsLanes, static_cast<cudaStream_t>(stream_handle), a);
 }
 
 void cuda_grad(const TileArgs& a, int device, void* stream_handle) {

@@ -9,6 +9,7 @@ namespace entropy_po {
 // Bytes of device memory that `cuda_fold` wants for this tile: 0 unless the rows are so few that each is split.
 int64_t cuda_fold_workspace(const TileArgs&, int device);
 void cuda_fold(const TileArgs&, void* workspace, int device, void* stream);  // workspace null: no row is split
+void cuda_stats(const StatsArgs&, int device, void* stream);
 void cuda_grad(const TileArgs&, int device, void* stream);
 
 }  // namespace entropy_po

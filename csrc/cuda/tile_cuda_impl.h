@@ -22,11 +22,6 @@ struct Parts {
   EP_DEVICE int size(int n_cols) const { return max(0, min(columns, n_cols - begin())); }
 };
 
-template <class T>
-EP_DEVICE RowState<T> no_columns() {
-  return {Numeric<T>::kMinusInf, 0, 0, 0, 0, 0, 0, 0};
-}
-
 // Sums between lanes, through shared or global memory. What the level leaves out is not read, so it costs nothing before.
 template <int kLevel, class T>
 EP_DEVICE void put_sums(const RowState<T>& state, T* sums) {
@@ -71,7 +66,7 @@ EP_DEVICE void merge_block(RowState<T>& state) {
   if (lane == 0) put_sums<kLevel>(state, of_warp[threadIdx.x / kWarp]);
   __syncthreads();
   if (threadIdx.x >= kWarp) return;
-  state = lane < warps ? get_sums(of_warp[lane]) : no_columns<T>();
+  state = lane < warps ? get_sums(of_warp[lane]) : RowState<T>::empty();
   merge_warp<kLevel>(state);
 }
 
@@ -81,13 +76,7 @@ EP_DEVICE void finish_row(const TileArgs& a, const RowReader<Src, T, kPlain>& re
                           const RowState<T>& sums) {
   T* const st = static_cast<T*>(a.state) + row;
   const int64_t stride = a.state_stride;
-  RowState<T> state{st[0], st[stride], 0, st[3 * stride], st[4 * stride], 0, 0, 0};
-  if (level >= kEntropy) state.t = st[2 * stride];
-  if (level >= kExtras) {
-    state.q = st[5 * stride];
-    state.c = st[6 * stride];
-    state.live = st[7 * stride];
-  }
+  auto state = a.first ? RowState<T>::empty() : RowState<T>::load(st, stride, level);
   state.merge(sums);
   const int label = label_column(a, row);
   if (label >= 0) {
@@ -95,26 +84,22 @@ EP_DEVICE void finish_row(const TileArgs& a, const RowReader<Src, T, kPlain>& re
     state.label_d = relative(u, reader.k, state.m);
     state.label_z = product(u, reader.k);  // rounded as the maximum is, so that the two compare exactly
   }
-  st[0] = state.m;
-  st[stride] = state.s;
-  st[3 * stride] = state.label_d;
-  st[4 * stride] = state.label_z;
-  if (level >= kEntropy) st[2 * stride] = state.t;
-  if (level >= kExtras) {
-    st[5 * stride] = state.q;
-    st[6 * stride] = state.c;
-    st[7 * stride] = state.live;
-  }
+  state.store(st, stride, level);
 }
 
 template <class Src, class T, int kLevel, bool kPlain>
 __global__ void __launch_bounds__(kMaxLanes<Src>, 2)
     fold_kernel(const TileArgs a, const LogitScales<T> scales, const Parts parts, T* workspace) {
   const int64_t row = parts.row();
-  if (a.labels[row] == a.ignore_index) return;
+  if (a.labels[row] == a.ignore_index) {
+    if (a.first && parts.begin() == 0 && threadIdx.x == 0) {
+      RowState<T>::ignored().store(static_cast<T*>(a.state) + row, a.state_stride, kLevel);
+    }
+    return;
+  }
   const RowReader<Src, T, kPlain> reader(a, scales, row);
   const Segment segment(reader.x, parts.begin(), parts.size(int(a.n_cols)), threadIdx.x);
-  RowState<T> state = no_columns<T>();
+  RowState<T> state = RowState<T>::empty();
   fold_lane<kLevel>(reader, segment, threadIdx.x, blockDim.x, state);
   merge_block<kLevel>(state);
   if (threadIdx.x != 0) return;
@@ -131,7 +116,7 @@ __global__ void __launch_bounds__(kWarp)
     merge_kernel(const TileArgs a, const LogitScales<T> scales, const int parts, const T* workspace) {
   const int64_t row = blockIdx.x;
   if (a.labels[row] == a.ignore_index) return;
-  RowState<T> state = no_columns<T>();
+  RowState<T> state = RowState<T>::empty();
   if (int(threadIdx.x) < parts) state = get_sums(workspace + (row * parts + threadIdx.x) * kSums);
   merge_warp<kExtras>(state);
   if (threadIdx.x == 0) finish_row(a, RowReader<Src, T, false>(a, scales, row), row, a.level, state);

@@ -21,7 +21,7 @@ from entropy_po.ops import checks, linear_token_stats, parallel, schema, sequenc
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences, VocabSums
 from entropy_po.plan import Choice, SequencePlan, Strategy, check_strategy, even_slices
-from entropy_po.types import IfAsked, state_dtype, stats_from_state
+from entropy_po.types import IfAsked, state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -360,7 +360,7 @@ def _reference_logps(
     """[2B] in fp64, tile by tile and without gradient."""
     head = LmHead(hidden, weight, bias, labels, (*options[:6], ["logps"], *options[7:]))
     state = linear_token_stats.fold(head, workspace_bytes)
-    return seqs.sums(stats_from_state(state[:, : head.num_kept], ("logps",)).logps)
+    return seqs.sums(head.stats(state[:, : head.num_kept], ("logps",)).logps)
 
 
 def _recompute(
@@ -368,7 +368,7 @@ def _recompute(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Logits once for the log-probs, and once more for the gradients; tiles of any shape."""
     state = linear_token_stats.fold(head, workspace_bytes)
-    stats = stats_from_state(state[:, : head.num_kept], ("logps", "entropy"))
+    stats = head.stats(state[:, : head.num_kept], ("logps", "entropy"))
     grads: tuple[Tensor, ...] = tuple(head.hidden.new_empty(0) for _ in needs)
     if any(needs):
         upstream = pair_loss.upstream(seqs.sums(stats.logps), seqs.lengths, 0, len(seqs))
@@ -382,7 +382,7 @@ def _two_products(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """With a frozen head: logits once, in tiles of any shape; the gradients of log-probs are scaled when the loss is known."""
     state, hidden_sum = linear_token_stats.fold_and_gradient(head, workspace_bytes)
-    stats = stats_from_state(state[:, : head.num_kept], ("logps", "entropy"))
+    stats = head.stats(state[:, : head.num_kept], ("logps", "entropy"))
     upstream = pair_loss.upstream(seqs.sums(stats.logps), seqs.lengths, 0, len(seqs))
     rows = hidden_sum.rows[: head.num_kept]
     sequences.scale_rows(rows, seqs.per_row(upstream).to(head.arithmetic), out=rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from entropy_po.ops import checks, gemm, parallel, schema, sequences
 from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
 from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE, TilePlan, plan_tiles
-from entropy_po.types import STATE_ROWS, Level, OutputName, TokenStats, new_state, state_dtype, stats_from_state
+from entropy_po.types import Level, OutputName, TokenStats, state_memory
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -162,7 +162,7 @@ def fold(head: LmHead, workspace_bytes: int) -> Tensor:
 
 def _empty_state(head: LmHead) -> Tensor:
     # One column per row of the call, although only the kept rows' are used: a size that does not depend on the labels.
-    state = new_state(head.num_rows, head.level, head.hidden)
+    state = head.state(head.num_rows)
     state[:, head.num_kept :] = 0
     return state
 
@@ -227,13 +227,13 @@ def fold_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Hidde
         for cols in plan.col_slices():
             weight = head.weight_rows(cols)
             tile = head.logits(hidden, weight, head.tile(n, cols.stop - cols.start))
-            before = part[0].clone()
+            before = part[0].clone() if cols.start else None
             head.fold_(tile, rows, cols, part)
             head.take_labels_(tile, rows, cols, labels)
             so_far = torch.zeros_like(part)
             so_far[0], so_far[1] = part[0], part[1].sign()  # exp(z - m) / 1; a row without a live entry yet stays empty
             gradient = head.grad_(tile, rows, cols, so_far, ones, None)
-            if cols.start and (
+            if before is not None and (
                 head.hidden.is_cuda or not torch.equal(before, part[0])
             ):  # on a GPU, to look would be to wait
                 total *= _moved(before, part[0])[:, None]
@@ -268,19 +268,16 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
         gradient = hidden_sum.finish()
     else:
         state, gradient = fold(head, workspace_bytes), hidden.new_empty(0)
-    results = schema.empty_stats(0, [], hidden)
-    for i, value in enumerate(stats_from_state(state[:, : head.num_kept], tuple(options[6]))):
-        if value is not None:
-            results[i] = head.scatter(value)
-    return *results, state, gradient
+    stats = head.stats(state[:, : head.num_kept], tuple(options[6]))
+    scattered = TokenStats(*(None if value is None else head.scatter(value) for value in stats))
+    return *schema.flat_stats(scattered, hidden), state, gradient
 
 
 def _fake_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     outputs, ahead = options[6], options[-1]
-    rows = STATE_ROWS[Level.for_outputs(tuple(outputs))]
-    state = hidden.new_empty((rows, hidden.shape[0]), dtype=state_dtype(hidden.dtype))
+    state = state_memory(hidden.shape[0], Level.for_outputs(tuple(outputs)), hidden)
     gradient = hidden.new_empty(0)
     if ahead:
         gradient = torch.empty(hidden.shape, dtype=sequences.held_dtype(hidden.dtype), device=hidden.device)

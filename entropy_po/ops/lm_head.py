@@ -14,7 +14,7 @@ from torch import Tensor
 from entropy_po import tiles
 from entropy_po.ops import checks, gemm, schema
 from entropy_po.plan import slices
-from entropy_po.types import Level, Transform, state_dtype
+from entropy_po.types import Level, TokenStats, Transform, new_state, state_dtype, state_memory
 
 
 class Operand(NamedTuple):
@@ -121,12 +121,20 @@ class LmHead:
         )
         return tile[:, 0]
 
+    def state(self, num_rows: int) -> Tensor:
+        """Memory of a row state for `fold_`; what nothing will be folded into where this rank has no column."""
+        return (state_memory if self.vocab_size else new_state)(num_rows, self.level, self.hidden)
+
     def complete_(self, state: Tensor, rows: slice) -> None:
         """The state of those rows, once all columns that are here have been folded, becomes that of the vocabulary."""
-        self.shards.complete_(state, self.labels[rows])
+        self.shards.complete_(state, self.labels[rows], self.ignore_index)
+
+    def stats(self, state: Tensor, outputs: tuple[str, ...]) -> TokenStats:
+        """What a complete state says of its rows."""
+        return tiles.stats(state, outputs, backend=self.backend)
 
     def fold_(self, tile: Tensor, rows: slice, cols: slice, state: Tensor) -> None:
-        """Accumulate the logits [rows, cols] into the state of those rows."""
+        """Accumulate the logits [rows, cols] into the state of those rows, which those of the columns from 0 on begin."""
         tiles.fold_(
             tile,
             self.labels[rows],
@@ -134,6 +142,7 @@ class LmHead:
             state,
             self.transform.tile(rows, cols, self.arithmetic),
             level=self.level,
+            first=cols.start == 0,
             ignore_index=self.ignore_index,
             backend=self.backend,
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from entropy_po.arguments import whole
 from entropy_po.ops.checks import check_offsets
-from entropy_po.types import IfAsked, merge_states
+from entropy_po.types import IGNORED, IfAsked, merge_states, state_column
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -135,12 +135,13 @@ class VocabShards:
         self.stops = list(accumulate(sizes))
         self.start, self.total, self.widest = self.stops[self.ranks.rank] - columns, self.stops[-1], max(sizes)
 
-    def complete_(self, state: Tensor, labels: Tensor) -> None:
+    def complete_(self, state: Tensor, labels: Tensor, ignore_index: int) -> None:
         """Turn the row state [5 or 8, n] of this rank's columns into that of all; labels [n] are ids in all of them."""
         if self.ranks.group is not None:
             stops = torch.tensor(self.stops, device=labels.device)
             owner = torch.searchsorted(stops, labels, right=True).clamp(max=len(self.stops) - 1)
-            state.copy_(merge_states(self.ranks.gather(state), owner))
+            merged = merge_states(self.ranks.gather(state), owner)
+            torch.where(labels == ignore_index, state_column(IGNORED, state), merged, out=state)
 
 
 def sequence_shard(cu_seqlens: Tensor, rank: int, size: int) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,12 @@ def empty_stats(n: int | torch.SymInt, outputs: list[str], like: Tensor) -> list
     ]
 
 
+def flat_stats(stats: TokenStats, like: Tensor) -> list[Tensor]:
+    """The same results of a fold that has been made."""
+    empty = empty_stats(0, [], like)
+    return [made if value is None else value for value, made in zip(stats, empty, strict=True)]
+
+
 def token_stats_from_flat(results: tuple[Tensor, ...], outputs: tuple[str, ...], shape: torch.Size) -> TokenStats:
     """Back to a TokenStats in the labels' shape, None where an output was not asked for."""
     return TokenStats(

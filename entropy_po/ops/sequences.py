@@ -21,7 +21,6 @@ from entropy_po.plan import (
     plan_sequences,
     slices,
 )
-from entropy_po.types import new_state, stats_from_state
 
 
 def default_workspace(device: torch.device, any_shape: bool) -> int:
@@ -140,10 +139,10 @@ class RowTiles:
         tile = head.tile(n, head.vocab_size)
         for cols in self.col_slices():
             head.logits(hidden, head.weight_rows(cols), tile[:, cols])
-        state = new_state(n, head.level, head.hidden)
+        state = head.state(n)
         head.fold_(tile, rows, self.all_cols, state)
         head.complete_(state, rows)
-        stats = stats_from_state(state, ("logps", "entropy") if head.level else ("logps",))
+        stats = head.stats(state, ("logps", "entropy") if head.level else ("logps",))
         self.logps[rows] = stats.logps
         if stats.entropy is not None:
             self.entropy[rows] = stats.entropy

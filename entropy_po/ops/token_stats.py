@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entropy_po import tiles
 from entropy_po.ops import checks, schema
-from entropy_po.types import Level, OutputName, TokenStats, new_state, state_dtype, stats_from_state
+from entropy_po.types import Level, OutputName, TokenStats, new_state, state_memory
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -137,8 +137,8 @@ def _forward(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...
     if logits.device.type == "cpu":
         checks.check_values(labels, shards.total, ignore_index, options[0])
     level = Level.for_outputs(tuple(outputs))
-    labels = labels.contiguous()
-    state = new_state(labels.numel(), level, logits)
+    labels, chosen = labels.contiguous(), tiles.resolve_backend(backend, logits.device)
+    state = (state_memory if logits.shape[-1] else new_state)(labels.numel(), level, logits)
     transform = schema.transform_from_options(options)
     for rows, block in _row_blocks(logits):
         tiles.fold_(
@@ -148,23 +148,17 @@ def _forward(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...
             state[:, rows],
             transform.tile(rows, slice(None), state.dtype),
             level=level,
+            first=True,
             ignore_index=ignore_index,
-            backend=tiles.resolve_backend(backend, logits.device),
+            backend=chosen,
         )
-    shards.complete_(state, labels)
-    stats = stats_from_state(state, tuple(outputs))
-    ignored = labels == ignore_index
-    results = schema.empty_stats(0, [], logits)
-    for i, value in enumerate(stats):
-        if value is not None:
-            results[i] = value.masked_fill(ignored, 0)
-    return *results, state.masked_fill_(ignored, 0)
+    shards.complete_(state, labels, ignore_index)
+    return *schema.flat_stats(tiles.stats(state, tuple(outputs), backend=chosen), logits), state
 
 
 def _fake_forward(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
     outputs = options[6]
-    rows = new_state(0, Level.for_outputs(tuple(outputs)), logits).shape[0]
-    state = logits.new_empty((rows, labels.shape[0]), dtype=state_dtype(logits.dtype))
+    state = state_memory(labels.shape[0], Level.for_outputs(tuple(outputs)), logits)
     return *schema.empty_stats(labels.shape[0], outputs, logits), state
 
 
@@ -180,6 +174,7 @@ def _grad_into(
     ignore_index, _, backend = options[5:8]
     shards = schema.vocab_shards(logits.shape[-1], labels, options)
     labels, transform = labels.contiguous(), schema.transform_from_options(options)
+    chosen = tiles.resolve_backend(backend, logits.device)
     flat_out = None if out is logits else out.flatten(0, -2)
     for rows, block in _row_blocks(logits):
         tiles.grad_(
@@ -192,7 +187,7 @@ def _grad_into(
             transform.tile(rows, slice(None), state.dtype),
             ignore_index=ignore_index,
             out=block if flat_out is None else flat_out[rows],
-            backend=tiles.resolve_backend(backend, logits.device),
+            backend=chosen,
         )
 
 

@@ -99,6 +99,7 @@ void tile_case(const CpuKernels& kernels) {
   TileArgs args{};
   const bool has_bias = maybe(0.3), has_keep = maybe(0.3), has_temperatures = maybe(0.3),
              has_entropy = level && maybe();
+  args.first = maybe();  // then nobody writes the state before
   args.softcap = maybe(0.3) ? 5.0 : 0.0;
   args.logit_scale = maybe(0.3) ? 0.7 : 1.0;
   args.temperature = maybe(0.3) ? 1.7 : 1.0;
@@ -120,8 +121,9 @@ void tile_case(const CpuKernels& kernels) {
     temperatures[i] = T(0.5 + pick(0, 8) / 4.0);
     g_logp[i] = maybe(0.1) ? T(0) : maybe(0.03) ? T(NAN) : T(normal());
     g_entropy[i] = T(normal());
-    for (int64_t k = 0; k < state.size() / rows; ++k) state[k * rows + i] = T(0);
-    for (int k : {0, 3, 4}) state[k * rows + i] = T(-kInf);  // m, and the label's two
+    for (int64_t k = 0; k < state.size() / rows && !args.first; ++k) state[k * rows + i] = T(0);
+    for (int k : {0, 3, 4})
+      if (!args.first) state[k * rows + i] = T(-kInf);  // m, and the label's two
     if (maybe(0.05))
       for (int64_t j = 0; j < cols; ++j) tile[i * stride + j] = rounded<Src>(-kInf);
   }
@@ -177,7 +179,7 @@ void tile_case(const CpuKernels& kernels) {
       s += e;
       t += e == 0.0 ? 0.0 : e * d;
     }
-    if (ignored) m = -kInf, s = t = 0;
+    if (ignored) m = args.first ? 0 : -kInf, s = args.first, t = 0;
     if (m == -kInf ? folded[i] != T(-kInf) : !(std::fabs(folded[i] - m) <= 40 * unit * (1 + std::fabs(m)))) {
       fail("m", folded[i], m);
     }
@@ -188,7 +190,7 @@ void tile_case(const CpuKernels& kernels) {
     const bool here = label >= 0 && label < cols;
     for (int64_t j = 0; j < cols; ++j) {
       const double ours = value_of(out[i * out_stride + j]);
-      if (m == -kInf) {
+      if (ignored || m == -kInf) {
         close("gradient of an empty row", ours, 0.0, 0.0);
         continue;
       }
@@ -212,6 +214,50 @@ void tile_case(const CpuKernels& kernels) {
       const double wanted = in_place ? value_of(before[i * stride + j]) : value_of(rounded<Out>(77.0));
       const double ours = value_of(out[i * out_stride + j]);
       if (ours != wanted) fail("between two rows", ours, wanted);
+    }
+  }
+}
+
+// The outputs of a state, each asked for or not.
+template <class T>
+void stats_case(const CpuKernels& kernels) {
+  const int64_t rows = pick(0, 9), stride = rows + pick(0, 2);
+  const bool extras = maybe();
+  Guarded<T> state(rows ? ((extras ? 8 : 5) - 1) * stride + rows : 0);
+  for (int64_t i = 0; i < state.size(); ++i) state[i] = T(normal());
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int k : {1, 5, 7})  // s, q, live
+      if (k < (extras ? 8 : 5)) state[k * stride + i] = T(1 + std::fabs(normal()));
+  }
+  Guarded<T> logps(rows), entropy(rows), lse(rows), mean_logit(rows), log_sum_sq_probs(rows);
+  Guarded<uint8_t> is_top1(rows);
+  StatsArgs args{};
+  args.state = state.get(), args.state_stride = stride, args.n_rows = rows;
+  args.is_double = std::is_same_v<T, double>;
+  args.logps = maybe() ? logps.get() : nullptr;
+  args.entropy = maybe() ? entropy.get() : nullptr;
+  args.lse = maybe() ? lse.get() : nullptr;
+  args.is_top1 = maybe() ? is_top1.get() : nullptr;
+  args.mean_logit = extras && maybe() ? mean_logit.get() : nullptr;
+  args.log_sum_sq_probs = extras && maybe() ? log_sum_sq_probs.get() : nullptr;
+  what = std::string(kernels.isa) + " stats of rows " + std::to_string(rows);
+  kernels.stats(args);
+  for (int64_t i = 0; i < rows; ++i) {
+    const auto at = [&](int k) { return double(state[k * stride + i]); };
+    const double log_s = std::log(at(1)), unit = 8 * kUnit<T>;
+    if (args.logps) close("logps", logps[i], at(3) - log_s, unit * (std::fabs(at(3)) + log_s));
+    if (args.entropy) {
+      const double exact = std::max(0.0, log_s - at(2) / at(1));
+      close("entropy", entropy[i], exact, unit * (log_s + std::fabs(at(2))));
+    }
+    if (args.lse) close("lse", lse[i], at(0) + log_s, unit * (std::fabs(at(0)) + log_s));
+    if (args.is_top1) close("is_top1", is_top1[i], at(4) >= at(0), 0.0);
+    if (args.mean_logit) {
+      const double mean_d = at(6) / at(7);
+      close("mean_logit", mean_logit[i], at(0) + mean_d, unit * (std::fabs(at(0)) + std::fabs(mean_d)));
+    }
+    if (args.log_sum_sq_probs) {
+      close("log_sum_sq_probs", log_sum_sq_probs[i], std::log(at(5)) - 2 * log_s, unit * (std::log(at(5)) + 2 * log_s));
     }
   }
 }
@@ -274,6 +320,8 @@ int main(int argc, char** argv) {
       tile_case<BFloat16, BFloat16, float>(*k);
       tile_case<Float16, Float16, float>(*k);
       tile_case<double, double, double>(*k);
+      stats_case<float>(*k);
+      stats_case<double>(*k);
     }
     if (gemm_bf16_supported()) gemm_case();
   }
