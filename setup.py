@@ -119,7 +119,7 @@ core = Pybind11Extension(
     "entropy_po._C",
     sources=[
         "csrc/bindings.cpp",
-        "csrc/gemm_bf16.cpp",
+        "csrc/gemm.cpp",
         "csrc/tile_cpu_baseline.cpp",
         "csrc/tile_cpu_x86_v3.cpp",
         "csrc/tile_cpu_x86_v4.cpp",

@@ -10,7 +10,7 @@
 #ifdef ENTROPY_PO_CUDA_ARCHS
 #include "cuda/tile_cuda.h"
 #endif
-#include "gemm_bf16.h"
+#include "gemm.h"
 #include "tile_cpu.h"
 
 namespace py = pybind11;
@@ -180,22 +180,27 @@ PYBIND11_MODULE(_C, m) {
       py::arg("out_stride"), py::arg("device"), py::arg("stream"));
 #endif
 
-  m.def("gemm_bf16_supported", &entropy_po::gemm_bf16_supported, "Whether this processor can run gemm_bf16.");
+  m.def("is_amd", &entropy_po::is_amd, "Whether the processor is AMD's.");
   m.def(
-      "gemm_bf16",
-      [](uintptr_t a, uintptr_t b, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t a_stride, int64_t b_stride,
-         int64_t out_stride, bool a_transposed, bool b_transposed, bool accumulate, int threads) {
-        if (!entropy_po::gemm_bf16_supported())
-          throw std::runtime_error("gemm_bf16 needs a processor with AVX512_BF16");
+      "gemm_supported", [](int dtype) { return entropy_po::gemm_supported(dtype_from_code(dtype)); }, py::arg("dtype"),
+      "Whether this processor can run gemm on operands of a dtype.");
+  m.def(
+      "gemm",
+      [](uintptr_t a, uintptr_t b, uintptr_t out, int dtype, int64_t m, int64_t n, int64_t k, int64_t a_stride,
+         int64_t b_stride, int64_t out_stride, bool a_transposed, bool b_transposed, bool accumulate, int threads) {
+        const DType element = dtype_from_code(dtype);
+        if (!entropy_po::gemm_supported(element)) {
+          throw std::runtime_error("this processor cannot run gemm on dtype code " + std::to_string(dtype));
+        }
         py::gil_scoped_release release;
-        const bool done = entropy_po::gemm_bf16({pointer<const uint16_t>(a), pointer<const uint16_t>(b),
-                                                 pointer<float>(out), m, n, k, a_stride, b_stride, out_stride,
-                                                 a_transposed, b_transposed, accumulate, threads < 1 ? 1 : threads});
+        const bool done = entropy_po::gemm({pointer<const void>(a), pointer<const void>(b), pointer<float>(out),
+                                            element, m, n, k, a_stride, b_stride, out_stride, a_transposed,
+                                            b_transposed, accumulate, threads < 1 ? 1 : threads});
         if (!done) throw std::bad_alloc();
       },
-      py::kw_only(), py::arg("a"), py::arg("b"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("k"),
-      py::arg("a_stride"), py::arg("b_stride"), py::arg("out_stride"), py::arg("a_transposed"), py::arg("b_transposed"),
-      py::arg("accumulate"), py::arg("threads"));
+      py::kw_only(), py::arg("a"), py::arg("b"), py::arg("out"), py::arg("dtype"), py::arg("m"), py::arg("n"),
+      py::arg("k"), py::arg("a_stride"), py::arg("b_stride"), py::arg("out_stride"), py::arg("a_transposed"),
+      py::arg("b_transposed"), py::arg("accumulate"), py::arg("threads"));
 
   m.def(
       "cpu_isas",

@@ -27,14 +27,32 @@ class TileArgs:
         threads: int,
     ) -> None: ...
 
-def fold(args: TileArgs, level: int, isa: str = "") -> None: ...
+class StatsArgs:
+    def __init__(
+        self,
+        *,
+        state: int,
+        state_stride: int,
+        n_rows: int,
+        is_double: bool,
+        logps: int,
+        entropy: int,
+        lse: int,
+        is_top1: int,
+        mean_logit: int,
+        log_sum_sq_probs: int,
+    ) -> None: ...
+
+def fold(args: TileArgs, level: int, first: bool, isa: str = "") -> None: ...
+def stats(args: StatsArgs, isa: str = "") -> None: ...
 def grad(
     args: TileArgs, g_logp: int, g_entropy: int, out: int, out_dtype: int, out_stride: int, isa: str = ""
 ) -> None: ...
 
 # Only in a build with CUDA.
 def cuda_fold_workspace(args: TileArgs, device: int) -> int: ...
-def cuda_fold(args: TileArgs, level: int, workspace: int, device: int, stream: int) -> None: ...
+def cuda_fold(args: TileArgs, level: int, first: bool, workspace: int, device: int, stream: int) -> None: ...
+def cuda_stats(args: StatsArgs, device: int, stream: int) -> None: ...
 def cuda_grad(
     args: TileArgs,
     g_logp: int,
@@ -45,12 +63,14 @@ def cuda_grad(
     device: int,
     stream: int,
 ) -> None: ...
-def gemm_bf16_supported() -> bool: ...
-def gemm_bf16(
+def is_amd() -> bool: ...
+def gemm_supported(dtype: int) -> bool: ...
+def gemm(
     *,
     a: int,
     b: int,
     out: int,
+    dtype: int,
     m: int,
     n: int,
     k: int,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from entropy_po import __version__, reference, tiles
+from entropy_po.ops import gemm
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.token_stats import token_stats
 from entropy_po.tiles import BackendName
@@ -49,7 +50,8 @@ def describe() -> dict[str, Any]:
         A dict of plain values: `install` (kind, path, commit or wheel tag), `backends` (device -> usable backends, the one
         in use first), `override` (what ENTROPY_PO_BACKEND names, or None), `unavailable` (backend -> reason), `problems`
         (what this installation could not answer, and why), `cpu` (instruction sets, the one in use first; threads; the
-        OpenMP runtimes in the process, where the system tells; bytes of memory), `build` (with the CUDA architectures
+        OpenMP runtimes in the process, where the system tells; bytes of memory; of which operands the compiled core makes the
+        products), `build` (with the CUDA architectures
         compiled in, or why none), `gpu` (torch's CUDA or HIP, the driver, the devices), `versions`, `platform`,
         `environment` (the variables set here that change what runs).
 
@@ -86,6 +88,7 @@ def describe() -> dict[str, Any]:
             "openmp": _openmp_runtimes(),
             "memory": _memory(),
             "native_bf16_products": ask(lambda: bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()), False),
+            "compiled_products": ask(_compiled_products, []),
         },
         "build": ask(core.build_info) if core else None,
         "gpu": ask(_gpu, {"devices": []}),
@@ -206,6 +209,12 @@ def _openmp_runtimes() -> list[str] | None:
     return sorted(set(OPENMP_LIBRARY.findall(maps)))
 
 
+def _compiled_products() -> list[str]:
+    """Of which operands the compiled core makes the hidden path's products on this CPU."""
+    made = {"bf16": gemm.compiled_bf16, "fp32": gemm.compiled_fp32}
+    return [name for name, is_compiled in made.items() if is_compiled()]
+
+
 def _memory() -> int | None:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -266,7 +275,11 @@ def _lines(report: dict[str, Any]) -> list[str]:
     if cpu["instruction_sets"]:
         first, *others = cpu["instruction_sets"]
         lines.append(f"  instruction set {first}" + (f"  (also compiled: {', '.join(others)})" if others else ""))
+    compiled = " and ".join(cpu["compiled_products"])
     lines.append(f"  bf16 products {'on bf16 hardware' if cpu['native_bf16_products'] else 'through fp32'}")
+    lines.append(
+        f"  compiled core's own products {f'of {compiled} operands' if compiled else 'unused: the matrix library is'}"
+    )
     if cpu["openmp"] is not None:
         several = ": more than one, each with threads of its own" if len(cpu["openmp"]) > 1 else ""
         lines.append(f"  OpenMP runtime {', '.join(cpu['openmp']) or 'none'}{several}")

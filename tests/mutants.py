@@ -59,7 +59,7 @@ FAULTS = [
     Fault("masked entries count as live", "csrc/tile_cpu_impl.h", "live += alive ? T(1) : T(0);", "live += T(1);", WHOLE_FOLD),
     Fault("the softcap's slope is dropped", "csrc/tile_cpu_impl.h", "dz[j] *= slope[j];", "dz[j] *= T(1);", WHOLE_FOLD),
     Fault("the entropy's mean is dropped from its gradient", "csrc/tile_cpu_impl.h", "entropy_scale * (d - mean_d)", "entropy_scale * d", WHOLE_FOLD),
-    Fault("a bf16 product forgets what it adds to", "csrc/gemm_bf16.cpp", "g.accumulate || now.begin > 0", "now.begin > 0", "test_gemm_bf16.py"),
+    Fault("a bf16 product forgets what it adds to", "csrc/gemm.cpp", "g.accumulate || now.begin > 0", "now.begin > 0", "test_gemm.py"),
     # what is made of the row state
     Fault("sign of t in the entropy", STATE, "(log_s - t / s)", "(log_s + t / s)", WHOLE_FOLD),
     Fault("a shard's t is not moved to the common maximum", STATE, "((t + s * delta) * shrink).sum(0)", "(t * shrink).sum(0)", "test_kernels_cpu.py::test_states_of_shards_merge_into_that_of_the_whole"),

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent / "sanitizers"
 CSRC = HERE.parent.parent / "csrc"
 CORE = tiles.compiled_core()
 TILES = ("tile.h", "tile_cpu_impl.h", "half.h")
-KERNELS = ["gemm_bf16", "tile_cpu_baseline", "tile_cpu_x86_v3", "tile_cpu_x86_v4"]
+KERNELS = ["gemm", "tile_cpu_baseline", "tile_cpu_x86_v3", "tile_cpu_x86_v4"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -107,11 +107,9 @@ def test_every_line_runs_and_every_condition_goes_both_ways(tmp_path, seed):
                     if name in TILES and not branch["throw"]:
                         # inlining repeats a condition, with copies for constants that never hold: both ways, somewhere
                         branches[name, line["line_number"], i % 2] += branch["count"]
-    assert {*TILES, "gemm_bf16.cpp"} <= {name for name, _ in lines}
-    source = (CSRC / "gemm_bf16.cpp").read_text().splitlines()
-    out_of_memory = {
-        ("gemm_bf16.cpp", i + d) for i, text in enumerate(source, 1) if "if (!own)" in text for d in (1, 2, 3)
-    }
+    assert {*TILES, "gemm.cpp"} <= {name for name, _ in lines}
+    source = (CSRC / "gemm.cpp").read_text().splitlines()
+    out_of_memory = {("gemm.cpp", i + d) for i, text in enumerate(source, 1) if "if (!own)" in text for d in (1, 2, 3)}
     missed = sorted(where for counted in (lines, branches) for where, count in counted.items() if not count)
     missed = [where for where in missed if where not in out_of_memory]
     assert not missed, "\n".join(map(str, missed))

@@ -14,6 +14,7 @@ WIDER = {
     "typing.SupportsInt | typing.SupportsIndex": "int",
     "typing.SupportsFloat | typing.SupportsIndex": "float",
     "entropy_po._C.TileArgs": "TileArgs",
+    "entropy_po._C.StatsArgs": "StatsArgs",
     "dict": "dict[str, str | int | None]",
 }
 

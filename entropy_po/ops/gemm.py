@@ -3,6 +3,9 @@
 A bf16 product would round the logits to 8 bits (error 3e-2 at |z| = 10), which biases the entropy. So CUDA is asked for
 fp32 results; and on a CPU, where torch has no such product, bf16 operands go to the compiled core's on AVX512_BF16, or
 are copied to fp32 tile by tile, which the matrix library then multiplies in its bf16 mode where it has one (AMX).
+
+fp32 products are the matrix library's, but for processors that it has no code of its own for: MKL, which torch's builds for
+x86-64 bring, runs 256-bit code on AMD's AVX-512, and the compiled core's takes less time there (`benchmarks/gemm.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from entropy_po import pages
 from entropy_po.plan import slices
-from entropy_po.tiles import bf16_overlay, compiled_core
+from entropy_po.tiles import DTYPES, bf16_overlay, compiled_core
 from entropy_po.types import state_dtype
 
 _precision_lock = threading.Lock()
@@ -53,9 +56,25 @@ def native_bf16(device_type: str) -> bool:
 
 @cache
 def compiled_bf16() -> bool:
-    """Whether `_C.gemm_bf16` makes the fp32 tiles of bf16 operands. With AMX the matrix library is faster than it."""
+    """Whether `_C.gemm` makes the fp32 tiles of bf16 operands. With AMX the matrix library is faster than it."""
     core = compiled_core()
-    return core is not None and core.gemm_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return core is not None and core.gemm_supported(DTYPES[torch.bfloat16]) and not torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def compiled_fp32() -> bool:
+    """Whether `_C.gemm` makes the products of fp32 operands. On Intel's processors MKL does."""
+    core = compiled_core()
+    if core is None or not core.gemm_supported(DTYPES[torch.float32]):
+        return False
+    return bool(core.is_amd()) and torch.backends.mkl.is_available()
+
+
+def _is_compiled(left: Tensor, right: Tensor, total: Tensor) -> bool:
+    """Whether `_C.gemm` makes the product of operands of one dtype, summed in fp32."""
+    if left.device.type != "cpu" or left.dtype != right.dtype or total.dtype != torch.float32:
+        return False
+    return compiled_bf16() if left.dtype == torch.bfloat16 else left.dtype == torch.float32 and compiled_fp32()
 
 
 def operand_copies(dtype: torch.dtype, device: torch.device) -> bool:
@@ -107,8 +126,9 @@ def _compiled_product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool
     for name, x in (("a", left), ("b", right)):
         transposed = x.stride(1) != 1
         layout |= {name: x.data_ptr(), f"{name}_transposed": transposed, f"{name}_stride": x.stride(int(transposed))}
-    compiled_core().gemm_bf16(
+    compiled_core().gemm(
         **layout,
+        dtype=DTYPES[left.dtype],
         out=out.data_ptr(),
         out_stride=out.stride(0),
         m=left.shape[0],
@@ -128,9 +148,10 @@ def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.
     if hidden.device.type != "cpu":
         options = {} if hidden.dtype == out.dtype else {"out_dtype": out.dtype}
         return torch.mm(hidden, weight.t(), out=out, **options)
-    if hidden.dtype != out.dtype:  # its order of sums depends on D alone
+    copied_bf16 = model_dtype == torch.bfloat16 and hidden.dtype == torch.float32
+    if not copied_bf16 and _is_compiled(hidden, weight, out):  # its order of sums depends on D alone
         return _compiled_product(hidden, weight.t(), out, accumulate=False)
-    with _bf16_matrix_unit(model_dtype == torch.bfloat16):
+    with _bf16_matrix_unit(copied_bf16):
         if torch.are_deterministic_algorithms_enabled():
             return _product_in_blocks(hidden, weight, out, scratch)
         return torch.mm(hidden, weight.t(), out=out)
@@ -172,14 +193,14 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
     CUDA and the compiled core add bf16 products in fp32. Elsewhere each is rounded once, as any bf16 GEMM's result is,
     before it is added.
     """
+    if _is_compiled(left, right, total):
+        _compiled_product(left, right, total, accumulate=not first)
+        return
     if total.dtype == left.dtype:
         if first:
             torch.mm(left, right, out=total)
         else:
             total.addmm_(left, right)
-        return
-    if left.dtype == torch.bfloat16 and left.device.type == "cpu" and compiled_bf16():
-        _compiled_product(left, right, total, accumulate=not first)
         return
     # torch has it for fp32 results of narrow operands alone
     if left.device.type == "cuda" and left.dtype == torch.bfloat16:

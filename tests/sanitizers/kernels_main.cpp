@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "gemm_bf16.h"
+#include "gemm.h"
 #include "half.h"
 #include "tile_cpu.h"
 
@@ -262,9 +262,11 @@ void stats_case(const CpuKernels& kernels) {
   }
 }
 
+template <class E>
 void gemm_case() {
   const bool large = maybe(0.2);
-  GemmBf16Args g{};
+  GemmArgs g{};
+  g.dtype = kDType<E>;
   g.m = pick(0, large ? 130 : 40), g.n = pick(0, large ? 300 : 70), g.k = pick(0, large ? 600 : 40);
   g.a_transposed = maybe(), g.b_transposed = maybe(), g.accumulate = maybe();
   g.threads = static_cast<int>(pick(1, 4));
@@ -274,15 +276,15 @@ void gemm_case() {
   const auto extent = [](int64_t rows, int64_t cols, int64_t stride) {
     return rows && cols ? (rows - 1) * stride + cols : 0;
   };
-  Guarded<uint16_t> a(extent(a_rows, a_cols, g.a_stride)), b(extent(b_rows, b_cols, g.b_stride));
+  Guarded<E> a(extent(a_rows, a_cols, g.a_stride)), b(extent(b_rows, b_cols, g.b_stride));
   Guarded<float> out(extent(g.m, g.n, g.out_stride));
-  for (int64_t i = 0; i < a.size(); ++i) a[i] = rounded<BFloat16>(normal()).bits;
-  for (int64_t i = 0; i < b.size(); ++i) b[i] = rounded<BFloat16>(normal()).bits;
+  for (int64_t i = 0; i < a.size(); ++i) a[i] = rounded<E>(normal());
+  for (int64_t i = 0; i < b.size(); ++i) b[i] = rounded<E>(normal());
   for (int64_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(normal());
   g.a = a.get(), g.b = b.get(), g.out = out.get();
-  what = "gemm_bf16 m " + std::to_string(g.m) + " n " + std::to_string(g.n) + " k " + std::to_string(g.k);
+  what = "gemm dtype " + std::to_string(static_cast<int>(g.dtype)) + " m " + std::to_string(g.m) + " n " + std::to_string(g.n) + " k " + std::to_string(g.k);
   std::vector<float> before(out.get(), out.get() + out.size());
-  if (!gemm_bf16(g)) fail("out of memory", 0, 0);
+  if (!gemm(g)) fail("out of memory", 0, 0);
   for (int64_t i = 0; i < g.m; ++i) {
     for (int64_t j = 0; j < g.out_stride && i * g.out_stride + j < out.size(); ++j) {
       const int64_t at = i * g.out_stride + j;
@@ -292,8 +294,8 @@ void gemm_case() {
       }
       double exact = g.accumulate ? before[at] : 0.0, size = std::fabs(exact);
       for (int64_t k = 0; k < g.k; ++k) {
-        const double left = value_of(BFloat16{a[g.a_transposed ? k * g.a_stride + i : i * g.a_stride + k]});
-        const double term = left * value_of(BFloat16{b[g.b_transposed ? j * g.b_stride + k : k * g.b_stride + j]});
+        const double left = value_of(a[g.a_transposed ? k * g.a_stride + i : i * g.a_stride + k]);
+        const double term = left * value_of(b[g.b_transposed ? j * g.b_stride + k : k * g.b_stride + j]);
         exact += term, size += std::fabs(term);
       }
       close("product", out[at], exact, 1e-6 * size + 1e-30);
@@ -323,8 +325,9 @@ int main(int argc, char** argv) {
       stats_case<float>(*k);
       stats_case<double>(*k);
     }
-    if (gemm_bf16_supported()) gemm_case();
+    if (gemm_supported(DType::kBFloat16)) gemm_case<BFloat16>();
+    if (gemm_supported(DType::kFloat32)) gemm_case<float>();
   }
   std::printf("%ld rounds of %zu instruction sets%s\n", cases, kernels.size(),
-              gemm_bf16_supported() ? ", gemm_bf16" : "");
+              gemm_supported(DType::kFloat32) ? is_amd() ? ", gemm, on AMD" : ", gemm" : "");
 }

@@ -1,16 +1,24 @@
-"""The compiled bf16 products with fp32 results, against fp64 of the same operands."""
+"""The compiled products of bf16 and fp32 operands with fp32 results, against fp64 of the same operands."""
 
 import pytest
 import torch
 from oracles import relative_error
 
 from entropy_po.ops import gemm
-from entropy_po.tiles import bf16_overlay, compiled_core
+from entropy_po.tiles import DTYPES, bf16_overlay, compiled_core
 
 CORE = compiled_core()
-if CORE is None or not CORE.gemm_bf16_supported():
-    pytest.skip("needs the compiled core and a processor with AVX512_BF16", allow_module_level=True)
-
+OPERANDS = [
+    pytest.param(
+        dtype,
+        id=str(dtype),
+        marks=pytest.mark.skipif(
+            CORE is None or not CORE.gemm_supported(DTYPES[dtype]),
+            reason="needs the compiled core and a processor with AVX-512, for bf16 with AVX512_BF16",
+        ),
+    )
+    for dtype in (torch.bfloat16, torch.float32)
+]
 LAYOUTS = {"NT": (False, True), "TN": (True, False), "NN": (False, False)}  # (a_transposed, b_transposed)
 # (m, n, k): below a block of 12 x 32 and a pair, whole ones, one over; several passes over k; several strips of either
 # operand; more than 4 MiB of the smaller one
@@ -19,26 +27,27 @@ SIZES += [(1100, 1120, 2051)]
 CANARY = 7.25
 
 
-def stored(rows, cols, apart):
-    """bf16 [rows, cols] amid NaN, at an odd address, rows `apart` elements further apart than they are long."""
-    memory = torch.full((rows * (cols + apart) + 8,), torch.nan, dtype=torch.bfloat16)
+def stored(rows, cols, apart, dtype):
+    """[rows, cols] amid NaN, at an odd address, rows `apart` elements further apart than they are long."""
+    memory = torch.full((rows * (cols + apart) + 8,), torch.nan, dtype=dtype)
     return memory[3 : 3 + rows * (cols + apart)].view(rows, cols + apart)[:, :cols].copy_(torch.randn(rows, cols))
 
 
-def product(layout, sizes, *, accumulate, apart=0, threads=2):
+def product(layout, sizes, dtype, *, accumulate, apart=0, threads=2):
     """(the product, its truth in fp64); fails if a byte beside the result changed."""
     (m, n, k), (a_transposed, b_transposed) = sizes, LAYOUTS[layout]
-    a = stored(k, m, apart) if a_transposed else stored(m, k, apart)
-    b = stored(n, k, apart) if b_transposed else stored(k, n, apart)
+    a = stored(*((k, m) if a_transposed else (m, k)), apart, dtype)
+    b = stored(*((n, k) if b_transposed else (k, n)), apart, dtype)
     truth = (a.t() if a_transposed else a).double() @ (b.t() if b_transposed else b).double()
     memory = torch.full((m + 2, n + apart + 5), CANARY)
     out = memory[1:-1, 3 : 3 + n].fill_(torch.nan)
     if accumulate:
         truth += out.normal_().double()
-    CORE.gemm_bf16(
+    CORE.gemm(
         a=a.data_ptr(),
         b=b.data_ptr(),
         out=out.data_ptr(),
+        dtype=DTYPES[dtype],
         m=m,
         n=n,
         k=k,
@@ -56,37 +65,54 @@ def product(layout, sizes, *, accumulate, apart=0, threads=2):
     return result, truth
 
 
+@pytest.mark.parametrize("dtype", OPERANDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("apart", [0, 41])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_every_layout_size_and_stride(layout, accumulate, apart, sizes):
-    result, truth = product(layout, sizes, accumulate=accumulate, apart=apart)
+def test_every_layout_size_and_stride(layout, accumulate, apart, sizes, dtype):
+    result, truth = product(layout, sizes, dtype, accumulate=accumulate, apart=apart)
     assert relative_error(result, truth) <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", OPERANDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", [(0, 40, 8), (40, 0, 8), (40, 50, 0)], ids=str)
-def test_empty(layout, sizes):
+def test_empty(layout, sizes, dtype):
     for accumulate in (False, True):
-        result, truth = product(layout, sizes, accumulate=accumulate)
+        result, truth = product(layout, sizes, dtype, accumulate=accumulate)
         assert torch.equal(result.double(), truth)
 
 
+@pytest.mark.parametrize("dtype", OPERANDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_threads_do_not_change_a_bit(layout, seed):
+def test_threads_do_not_change_a_bit(layout, seed, dtype):
     results = []
     for threads in (1, 2, 3):
         torch.manual_seed(seed)
-        results.append(product(layout, (500, 410, 4100), accumulate=True, threads=threads)[0])
+        results.append(product(layout, (500, 410, 4100), dtype, accumulate=True, threads=threads)[0])
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.skipif(not gemm.compiled_bf16(), reason="with AMX the products are the matrix library's")
+@pytest.mark.parametrize("dtype", OPERANDS)
+def test_the_order_of_a_row_s_sums_depends_on_k_alone(dtype, gen):
+    """What deterministic mode rests on: a row of the result has the same bits among other rows, columns and strides."""
+    k = 2500
+    a, b = (torch.randn(n, k, generator=gen).to(dtype) for n in (70, 90))
+    whole, one = torch.empty(70, 90), torch.empty(3, 11)
+    gemm._compiled_product(a, b.t(), whole, accumulate=False)
+    gemm._compiled_product(a.repeat_interleave(2, 0)[10:16:2], b[40:51].clone().t(), one, accumulate=False)
+    assert torch.equal(one, whole[5:8, 40:51])
+
+
+@pytest.mark.parametrize("dtype", OPERANDS)
 @pytest.mark.parametrize("n, v, d", [(37, 301, 45), (1, 5, 8), (9, 1, 1)])
-def test_gradients_are_added_in_fp32_and_without_scratch(n, v, d):
-    gradient = bf16_overlay(torch.empty(n, v)).copy_(torch.randn(n, v))
-    hidden, weight = stored(n, d, 3), stored(v, d, 3)
+def test_gradients_are_added_in_fp32_and_without_scratch(n, v, d, dtype, monkeypatch):
+    monkeypatch.setattr(gemm, "compiled_bf16", lambda: True)
+    monkeypatch.setattr(gemm, "compiled_fp32", lambda: True)
+    gradient = torch.empty(n, v) if dtype == torch.float32 else bf16_overlay(torch.empty(n, v))
+    gradient.copy_(torch.randn(n, v))
+    hidden, weight = stored(n, d, 3, dtype), stored(v, d, 3, dtype)
     for left, right in ((gradient.t(), hidden), (gradient, weight)):
         total = torch.full((left.shape[0], d), torch.nan)
         for times in (1, 2):

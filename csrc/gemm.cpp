@@ -1,0 +1,322 @@
+// Products of bf16 or fp32 matrices with fp32 results, for processors with AVX-512.
+//
+// A product of two bf16 numbers is exact in fp32, and VDPBF16PS sums in fp32; what loses the digits of a logit is only the
+// rounding of the result, which no CPU library lets one leave out. So this keeps it, at the rate of the bf16 unit. fp32 is the
+// same loops over another element: the library that torch brings has no code of its own for AMD's AVX-512, and how it sums
+// depends on every size.
+//
+// Both operands are packed into words of 32 bits, an fp32 or a pair of bf16 that are neighbours in k: blocks of 12 rows of
+// A and panels of 32 columns of B, so that one kernel with 24 accumulators in registers serves every layout. The smaller
+// operand is packed by all threads for all; of the larger one a thread packs a strip at a time and owns that strip's part of
+// the result. How a sum is split depends on k alone: neither threads nor the other sizes change its bits.
+#include "gemm.h"
+
+#ifdef ENTROPY_PO_AVX512_GEMM
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#pragma GCC target("arch=x86-64-v4,avx512bf16,prfchw")
+
+namespace entropy_po {
+namespace {
+
+constexpr int64_t kRows = 12;  // 12 x 2 accumulators + 2 panel vectors + 1 broadcast of the 32 registers
+constexpr int64_t kCols = 32;  // two vectors of fp32 sums
+
+constexpr int64_t kWords = 1024;  // of k per pass over the result; a panel of them is 128 KiB of L2
+// Of the shared operand per step, which streams from L3 fast enough; the larger operand is packed again for each.
+constexpr int64_t kSharedBytes = int64_t{4} << 20;
+constexpr int64_t kStripBytes = int64_t{256} << 10;  // of the larger operand, in L2
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+inline __mmask32 first_lanes(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1u; }
+
+// What is different in the two kinds of elements: how words are read, and what is done with them.
+struct BFloat16 {
+  using Element = uint16_t;
+  static constexpr int64_t kPerWord = 2;  // neighbours in k
+
+  // 16 words of a row of k, of which `live` elements are there; the rest are 0.
+  static __m512i along_k(const Element* row, int64_t live) { return _mm512_maskz_loadu_epi16(first_lanes(live), row); }
+  // Words of 16 columns, from the row of k at `row` and, if it is there, the next.
+  static __m512i across_k(const Element* row, int64_t stride, bool has_next, __mmask16 mask) {
+    const __mmask16 next_mask = has_next ? mask : 0;
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(next_mask, row + stride));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)a);
+  }
+};
+
+struct Float32 {
+  using Element = float;
+  static constexpr int64_t kPerWord = 1;
+
+  static __m512i along_k(const Element* row, int64_t live) {
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(first_lanes(live)), row);
+  }
+  static __m512i across_k(const Element* row, int64_t, bool, __mmask16 mask) {
+    return _mm512_maskz_loadu_epi32(mask, row);
+  }
+  static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  }
+};
+
+// A as rows of k, or B as columns of k: `size` of them, packed in blocks of `width`.
+template <class E>
+struct Operand {
+  const typename E::Element* data;
+  int64_t stride, size, width;
+  bool along_k;  // neighbours in memory are neighbours in k
+
+  int64_t blocks() const { return ceil_div(size, width); }
+};
+
+// 16 x 16 dwords.
+inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  }
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = 0; j < 4; ++j) {
+      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+    }
+  }
+  for (int j = 0; j < 8; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+    r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+  }
+}
+
+template <int kLanes>
+inline void store(uint32_t* to, __m512i words) {
+  if constexpr (kLanes == 16) {
+    _mm512_store_si512(to, words);
+  } else {
+    static_assert(kLanes == 12);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(words));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8), _mm512_extracti32x4_epi32(words, 2));
+  }
+}
+
+// Blocks of x from `first` on, of k from `begin` on, as [blocks][words][kWidth]; zero past the end of x or of an odd k.
+template <int kWidth, class E>
+void pack_as(const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin, int64_t depth, uint32_t* out) {
+  constexpr int kLanes = kWidth % 16 == 0 ? 16 : kWidth;
+  const int64_t words = ceil_div(depth, E::kPerWord);
+  if (x.along_k) {
+    for (int64_t i = first * kWidth; i < (first + blocks) * kWidth; i += kLanes) {
+      const int64_t live = std::min<int64_t>(x.size - i, kLanes);
+      uint32_t* to = out + (i / kWidth - first) * words * kWidth + i % kWidth;
+      for (int64_t p = 0; p < words; p += 16) {
+        const int64_t done = E::kPerWord * p;
+        const auto* from = x.data + i * x.stride + begin + done;
+        __m512i r[16];
+        for (int row = 0; row < 16; ++row) {
+          r[row] = row < live ? E::along_k(from + row * x.stride, depth - done) : _mm512_setzero_si512();
+        }
+        transpose(r);
+        for (int64_t q = 0; q < std::min<int64_t>(words - p, 16); ++q) store<kLanes>(to + (p + q) * kWidth, r[q]);
+      }
+    }
+    return;
+  }
+  // All blocks of a word's rows before the next: rows of a tile lie pages apart, and a line would be evicted in between.
+  // Few instructions: a large B that few rows of A are multiplied with is packed for them alone.
+  constexpr __mmask16 kWholeBlock = static_cast<__mmask16>((1u << kLanes) - 1u);
+  const int64_t whole = std::clamp<int64_t>(x.size / kWidth - first, 0, blocks);
+  const auto* row = x.data + begin * x.stride + first * kWidth;
+  for (int64_t p = 0; p < words; ++p, row += E::kPerWord * x.stride) {
+    const bool has_next = E::kPerWord * p + 1 < depth;
+    uint32_t* to = out + p * kWidth;
+    for (int64_t block = 0; block < blocks; ++block, to += words * kWidth) {
+      for (int64_t lane = 0; lane < kWidth; lane += kLanes) {
+        const auto* from = row + block * kWidth + lane;
+        if (block < whole) {
+          store<kLanes>(to + lane, E::across_k(from, x.stride, has_next, kWholeBlock));
+        } else {
+          const int64_t live = std::min<int64_t>(x.size - (first + block) * kWidth - lane, kLanes);
+          const auto mask = static_cast<__mmask16>(first_lanes(live));
+          store<kLanes>(to + lane, E::across_k(from, x.stride, has_next, mask));
+        }
+      }
+    }
+  }
+}
+
+template <class E>
+void pack(const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin, int64_t depth, uint32_t* out) {
+  (x.width == kRows ? pack_as<kRows, E> : pack_as<kCols, E>)(x, first, blocks, begin, depth, out);
+}
+
+// out (+)= one block of rows times one panel of columns, of which `rows` and `cols` are the matrix's.
+template <class E>
+void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, float* out, int64_t stride, int64_t rows,
+              int64_t cols, bool accumulate) {
+  // Unrolled throughout, or gcc keeps the sums in memory.
+  __m512 sum[kRows][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+    sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    // no prefetcher foresees a tile of the result, and waiting for its 24 lines is 5 % of a call
+    if (i >= rows) continue;
+    __builtin_prefetch(out + i * stride, 1);
+    if (cols > 16) __builtin_prefetch(out + i * stride + 16, 1);
+  }
+  for (int64_t p = 0; p < words; ++p) {
+    const __m512i b0 = _mm512_load_si512(panel + p * kCols), b1 = _mm512_load_si512(panel + p * kCols + 16);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i a = _mm512_set1_epi32(static_cast<int32_t>(block[p * kRows + i]));
+      sum[i][0] = E::multiply_add(sum[i][0], a, b0);
+      sum[i][1] = E::multiply_add(sum[i][1], a, b1);
+    }
+  }
+  const __mmask16 mask0 = static_cast<__mmask16>(first_lanes(cols));
+  const __mmask16 mask1 = static_cast<__mmask16>(first_lanes(cols - 16));
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+    if (i >= rows) continue;
+    float* to = out + i * stride;
+    if (accumulate) {
+      sum[i][0] = _mm512_add_ps(sum[i][0], _mm512_maskz_loadu_ps(mask0, to));
+      sum[i][1] = _mm512_add_ps(sum[i][1], _mm512_maskz_loadu_ps(mask1, to + 16));
+    }
+    _mm512_mask_storeu_ps(to, mask0, sum[i][0]);
+    _mm512_mask_storeu_ps(to + 16, mask1, sum[i][1]);
+  }
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<uint32_t, Free>;
+
+Buffer buffer(int64_t bytes) {
+  return Buffer(static_cast<uint32_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(bytes, 64) + 1) * 64)));
+}
+
+template <class E>
+bool product(const GemmArgs& g) {
+  using Element = typename E::Element;
+  const Operand<E> a{static_cast<const Element*>(g.a), g.a_stride, g.m, kRows, !g.a_transposed};
+  const Operand<E> b{static_cast<const Element*>(g.b), g.b_stride, g.n, kCols, g.b_transposed};
+  const bool share_a = g.m <= g.n;
+  const Operand<E>& shared = share_a ? a : b;
+  const Operand<E>& owned = share_a ? b : a;
+
+  // passes of equal depth, in whole words; k = 0 is one pass of none
+  const int64_t passes = std::max<int64_t>(ceil_div(g.k, kWords * E::kPerWord), 1);
+  const int64_t most_words = std::max<int64_t>(ceil_div(g.k, E::kPerWord * passes), 1);
+  const int64_t depth = most_words * E::kPerWord;
+  const int64_t shared_block = most_words * shared.width * 4;  // bytes
+  const int64_t owned_block = most_words * owned.width * 4;
+
+  const int64_t useful = g.m * g.n * g.k / (1 << 18) + 1;  // below that many products a second thread costs more
+  const int threads = static_cast<int>(std::min<int64_t>(useful, g.threads));
+  const int64_t group = std::clamp<int64_t>(kSharedBytes / shared_block, 1, shared.blocks());
+  // a thread's last strip is what the others wait for: several each, however few there are
+  const int64_t fair = std::max<int64_t>(owned.blocks() / (8 * threads), 1);
+  const int64_t strip = std::clamp<int64_t>(kStripBytes / owned_block, 1, fair);
+  const int64_t strips = ceil_div(owned.blocks(), strip);
+
+  // The shared operand comes in steps, each a group of blocks and a pass over k. While one is multiplied the next is
+  // packed, so that threads wait for each other once a step.
+  struct Step {
+    int64_t from, blocks, begin, depth, words;
+  };
+  const int64_t steps = ceil_div(shared.blocks(), group) * passes;
+  const auto step_at = [&](int64_t step) {
+    if (step < 0 || step >= steps) return Step{};
+    const int64_t from = step / passes * group, begin = step % passes * depth;
+    const int64_t deep = std::min(depth, g.k - begin);
+    return Step{from, std::min(group, shared.blocks() - from), begin, deep, ceil_div(deep, E::kPerWord)};
+  };
+  const Buffer common[2] = {buffer(group * shared_block), buffer(steps > 1 ? group * shared_block : 0)};
+  if (!common[0] || !common[1]) return false;
+  bool out_of_memory = false;
+#pragma omp parallel num_threads(threads)
+  {
+    const Buffer own = buffer(strip * owned_block);
+    for (int64_t step = -1; step < steps; ++step) {
+      const Step now = step_at(step), next = step_at(step + 1);
+      uint32_t* const packed = common[step & 1].get();
+      uint32_t* const packing = common[(step + 1) & 1].get();
+      const int64_t multiplied = step < 0 ? 0 : strips;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t item = 0; item < multiplied + next.blocks; ++item) {
+        if (!own) {
+#pragma omp atomic write
+          out_of_memory = true;
+          continue;
+        }
+        if (item >= multiplied) {
+          const int64_t s = item - multiplied;
+          pack(shared, next.from + s, 1, next.begin, next.depth, packing + s * next.words * shared.width);
+          continue;
+        }
+        const int64_t first = item * strip;
+        const int64_t count = std::min(strip, owned.blocks() - first);
+        pack(owned, first, count, now.begin, now.depth, own.get());
+        const uint32_t* blocks = share_a ? packed : own.get();
+        const uint32_t* panels = share_a ? own.get() : packed;
+        const int64_t row = (share_a ? now.from : first) * kRows;
+        const int64_t col = (share_a ? first : now.from) * kCols;
+        const int64_t rows = std::min((share_a ? now.blocks : count) * kRows, g.m - row);
+        const int64_t cols = std::min((share_a ? count : now.blocks) * kCols, g.n - col);
+        float* out = g.out + row * g.out_stride + col;
+        for (int64_t j = 0; j < cols; j += kCols) {
+          for (int64_t i = 0; i < rows; i += kRows) {
+            multiply<E>(blocks + i * now.words, panels + j * now.words, now.words, out + i * g.out_stride + j,
+                        g.out_stride, rows - i, cols - j, g.accumulate || now.begin > 0);
+          }
+        }
+      }
+    }
+  }
+  return !out_of_memory;
+}
+
+}  // namespace
+
+bool is_amd() { return __builtin_cpu_is("amd"); }
+
+bool gemm_supported(DType dtype) {
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (dtype == DType::kBFloat16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  return dtype == DType::kFloat32 && avx512;
+}
+
+bool gemm(const GemmArgs& g) {
+  if (g.m == 0 || g.n == 0) return true;
+  return g.dtype == DType::kBFloat16 ? product<BFloat16>(g) : product<Float32>(g);
+}
+
+}  // namespace entropy_po
+
+#else
+
+namespace entropy_po {
+bool is_amd() { return false; }
+bool gemm_supported(DType) { return false; }
+bool gemm(const GemmArgs&) { return false; }
+}  // namespace entropy_po
+
+#endif
