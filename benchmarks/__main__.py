@@ -14,7 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from benchmarks import report
+from benchmarks.suites import PROCESSES
 
 HERE = Path(__file__).parent
 
@@ -23,16 +26,22 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=report.RESULTS)
     arguments, options = parser.parse_known_args(argv)
+    readings: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        readings = Path(folder) / "readings.json"
-        command = [sys.executable, "-m", "pytest", str(HERE), "--benchmark-enable", "--benchmark-quiet", "--no-header",
-                   "-q", "-p", "no:cacheprovider", "-W", "ignore", "-r", "fE", f"--benchmark-json={readings}", *options]  # fmt: skip
-        status = subprocess.run(command, cwd=HERE.parent).returncode
-        if not readings.exists():
-            return status or 1
-        found = report.condensed(json.loads(readings.read_text()), shlex.join(["python", "-m", "benchmarks", *argv]))
+        for process in range(PROCESSES):
+            path = Path(folder) / f"{process}.json"
+            command = [sys.executable, "-m", "pytest", str(HERE), "--benchmark-enable", "--benchmark-quiet", "--no-header",
+                       "-q", "-p", "no:cacheprovider", "-W", "ignore", "-r", "fE", f"--benchmark-json={path}",
+                       f"--process={process}", *options]  # fmt: skip
+            status = subprocess.run(command, cwd=HERE.parent).returncode
+            if process and status == pytest.ExitCode.NO_TESTS_COLLECTED:
+                break
+            if status or not path.exists():
+                return status or 1
+            readings.append(json.loads(path.read_text()))
+    found = report.condensed(readings, shlex.join(["python", "-m", "benchmarks", *argv]))
     print(report.write(found, arguments.output_dir))
-    return status
+    return 0
 
 
 if __name__ == "__main__":

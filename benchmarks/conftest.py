@@ -30,6 +30,12 @@ def pytest_addoption(parser):
     group = parser.getgroup("entropy_po")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--rounds", type=int, default=5, help="readings of every implementation")
+    group.addoption(
+        "--process",
+        type=int,
+        default=0,
+        help="which of those that share the rounds: the first takes what all others leave",
+    )
     group.addoption("--long", action="store_true", help="also the cases that take minutes a reading")
     group.addoption(
         "--fresh_memory", action="store_true", help="on a CPU: every call takes its memory from the system; some cases"
@@ -53,10 +59,11 @@ def _suites(config) -> dict[str, list[suites.Row]]:
 
 def pytest_generate_tests(metafunc):
     """Readings in the order in which they are made."""
+    option = metafunc.config.getoption
+    process = option("--process")
     if "memory_row" in metafunc.fixturenames:
-        option = metafunc.config.getoption
         # in processes of their own, the same in both reports
-        rows = [] if option("--fresh_memory") else suites.memory(option("--device"), option("--long"))
+        rows = [] if option("--fresh_memory") or process else suites.memory(option("--device"), option("--long"))
         metafunc.parametrize("memory_row", rows, ids=[f"{case.name}: {who}" for case, who in rows])
     if "reading" not in metafunc.fixturenames:
         return
@@ -64,7 +71,8 @@ def pytest_generate_tests(metafunc):
     for suite, rows in _suites(metafunc.config).items():
         for row in rows:
             names = [FLOOR, *(row.who or implementations(row.case))]
-            for i in range(min(row.rounds or 99, metafunc.config.getoption("--rounds"))):
+            own = slice(process, process + 1) if row.apart else slice(0, 0 if process else None)
+            for i in range(min(row.rounds or 99, option("--rounds")))[own]:
                 for who in rotated(names, i):
                     readings.append((suite, row.case, who))
                     ids.append(f"{suite}: {row.case.name}: {who}, round {i}")
@@ -114,14 +122,17 @@ def measure(request, benchmark):
         if who not in Current.known:
             try:  # the first call also loads libraries and compiles; its results are checked
                 results = run()
-                errors = {} if who == FLOOR else problem.errors(*results)
+                checked = who != FLOOR and not request.config.getoption("--process")
+                errors = problem.errors(*results) if checked else {}
             except Exception as error:
                 unavailable[who] = one_line(error)
                 pytest.skip(unavailable[who])
             # what does more than a floor that fills a reading need not be tried again to know that it does too
             once = Current.known.get(FLOOR, {}).get("repeats") == 1
-            Current.known[who] = {"errors": errors, "repeats": 1 if once else repeats_for(run)}
             del results
+            Current.known[who] = {"errors": errors, "repeats": 1 if once else repeats_for(run)}
+            if not once:  # a process's first reading of what allocates much is another than all that follow
+                timed(run, Current.known[who]["repeats"])
         repeats = Current.known[who]["repeats"]
         benchmark.group = case.name
         benchmark.extra_info.update(

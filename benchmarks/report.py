@@ -38,17 +38,17 @@ TITLES = {
 }  # fmt: skip
 
 
-def condensed(readings: dict, command: str) -> dict:
-    """The report of pytest-benchmark's own JSON."""
+def condensed(processes: list[dict], command: str) -> dict:
+    """The report of pytest-benchmark's own JSON, of each process; the first has errors, memory, and all that others lack."""
     cases: dict[tuple[str, str], dict] = {}
-    for reading in readings["benchmarks"]:
+    for reading in (reading for process in processes for reading in process["benchmarks"]):
         info = reading["extra_info"]
         row = cases.setdefault(
             (info["suite"], info["name"]), {"info": info, "seconds": defaultdict(list), "errors": {}}
         )
         (seconds,) = reading["stats"]["data"]
         row["seconds"][info["who"]].append(seconds / info["repeats"])
-        row["errors"][info["who"]] = info["errors"]
+        row["errors"].setdefault(info["who"], info["errors"])
         if info["floor"]:
             row["floor"] = info["who"]
     rows = [
@@ -60,7 +60,8 @@ def condensed(readings: dict, command: str) -> dict:
         }
         for (suite, name), row in cases.items()
     ]  # fmt: skip
-    return finished(command, readings["machine_info"], rows, readings["memory"], readings["unavailable"])
+    first = processes[0]
+    return finished(command, first["machine_info"], rows, first["memory"], first["unavailable"])
 
 
 def memory_reading(case: Case, who: str) -> dict:

@@ -18,19 +18,25 @@ class Row:
     case: Case | StepCase
     who: tuple[str, ...] | None = None
     rounds: int | None = None  # where the suite's own number would take too long
+    apart: bool = False  # each round in a process of its own
 
 
 SLOW = 3  # rounds where a reading takes seconds
+# Where a reading takes milliseconds, it depends on where in memory and caches a process happens to lie, for as long as that lives:
+# more rounds of one process tell the same again, and another process something else.
+PROCESSES = 5
 NO_PEERS = (OURS, f"{OURS} recompute")
 SIX = (OURS, f"{OURS} recompute", "eager", "torch.compile", "TRL", "Liger DPO")
 
 
 def cpu(long: bool) -> dict[str, list[Row]]:
     logits = [
-        Row(Case("logits", 512, v, dtype=dtype, backward=backward))
+        Row(Case("logits", 512, v, dtype=dtype, backward=backward), apart=v == 32768, rounds=SLOW if v > 32768 else None)
         for v in (32768, 151936) for dtype in (FP32, BF16) for backward in (False, True)
     ]  # fmt: skip
-    logits += [Row(Case("logits", 512, 32768, dtype=dtype, entropy=False, peaked=True)) for dtype in (FP32, BF16)]
+    logits += [
+        Row(Case("logits", 512, 32768, dtype=dtype, entropy=False, peaked=True), apart=True) for dtype in (FP32, BF16)
+    ]
     hidden = [Row(Case("hidden", 512, 32768, 1024, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
     hidden += [
         Row(Case("hidden", 512, 32768, 1024, BF16, trained=False), rounds=SLOW),
@@ -42,7 +48,7 @@ def cpu(long: bool) -> dict[str, list[Row]]:
         Row(Case("hidden", 1024, 49152, 576, BF16, backward=False), rounds=SLOW),
     ]
     nll = [Row(Case("nll", 1024, 32768, 576, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
-    pair = [Row(Case("pair", 1024, 49152, 576, dtype), SIX) for dtype in (FP32, BF16)]
+    pair = [Row(Case("pair", 1024, 49152, 576, dtype), SIX, SLOW) for dtype in (FP32, BF16)]
     pair += [Row(Case("pair", 1024, 49152, 576, dtype, trained=False), NO_PEERS) for dtype in (FP32, BF16)]
     pair += [
         Row(Case("pair", 1024, 151936, 576, dtype, trained), NO_PEERS, SLOW)
@@ -57,7 +63,7 @@ def cpu(long: bool) -> dict[str, list[Row]]:
             for dtype in (FP32, BF16) for trained in (True, False) if trained or n < 16384
         ]  # fmt: skip
     step = [Row(StepCase(), (OURS, "eager"), SLOW)]
-    scaling = [Row(case, (OURS, "eager", "TRL"), SLOW) for case in SCALED]
+    scaling = [Row(case, (OURS, "eager", "TRL"), apart=True) for case in SCALED]
     return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair, "step": step, "scaling": scaling}
 
 
