@@ -8,6 +8,7 @@ rounds. `pytest benchmarks --benchmark-enable -k "pair and TRL"` runs some.
 from __future__ import annotations
 
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from typing import ClassVar
@@ -144,6 +145,18 @@ def measure(request, benchmark):
 
     yield take
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def memory_readings(request):
+    """(case, implementation) -> its reading to come. Each is of a process of its own, and two of them run at a time: a peak of
+    memory does not depend on what else the machine does."""
+    rows = suites.memory(request.config.getoption("--device"), request.config.getoption("--long"))
+    wanted = {item.callspec.params["memory_row"] for item in request.session.items if "memory_row" in item.fixturenames}
+    on_cpu = request.config.getoption("--device") == "cpu"
+    with ThreadPoolExecutor(2 if on_cpu else 1) as pool:
+        longest_first = sorted(wanted.intersection(rows), key=lambda row: -row[0].n)
+        yield {row: pool.submit(report.memory_reading, *row) for row in longest_first}
 
 
 @pytest.fixture

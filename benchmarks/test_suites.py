@@ -2,15 +2,13 @@
 
 import pytest
 
-from benchmarks.report import memory_reading
-
 
 def test_time(measure, reading):
     measure(*reading)
 
 
-def test_memory(remember, memory_row):
-    found = memory_reading(*memory_row)
+def test_memory(remember, memory_readings, memory_row):
+    found = memory_readings[memory_row].result()
     remember(found)
     if "error" in found:
         pytest.skip(found["error"])

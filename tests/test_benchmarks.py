@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import agreement, bars, charts, report
+from benchmarks import agreement, bars, charts, report, suites
 from entropy_po.bench import context, timing
 from entropy_po.bench.command import main as bench
 from entropy_po.bench.implementations import OURS, eager_stats, implementations
@@ -17,6 +18,7 @@ from entropy_po.bench.memory import known_bytes, phases
 from entropy_po.bench.problem import SAMPLED, Case, Problem
 from entropy_po.bench.timing import ratio, rotated, spread, time_interleaved
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     Case("logits", 48, 301, peaked=True),
     Case("hidden", 48, 301, 16),
@@ -94,6 +96,57 @@ def test_a_short_call_is_repeated_until_a_reading_has_length(monkeypatch):
     monkeypatch.setattr(timing, "READING_SECONDS", {"cpu": 0.05, "cuda": 0.05})
     assert 5 <= timing.repeats_for(lambda: time.sleep(0.002)) <= 25
     assert timing.repeats_for(lambda: time.sleep(0.1)) == 1
+
+
+def test_rounds_of_several_processes_make_one_row():
+    """Of the first process are the errors; a round's ratio is of one process."""
+
+    def process(factor, errors):
+        facts = {"suite": "logits", "name": "n", "case": Case("logits", 8, 99).__dict__, "scale": 2.0, "repeats": 10}
+        who = {"copy": (1.0, {}), OURS: (3.0, errors)}
+        readings = [
+            {
+                "extra_info": {**facts, "who": name, "floor": name == "copy", "errors": found},
+                "stats": {"data": [seconds * factor]},
+            }
+            for name, (seconds, found) in who.items()
+        ]
+        return {"benchmarks": readings, "machine_info": report.machine("cpu"), "memory": [factor], "unavailable": {}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "finished", lambda command, machine, rows, memory, unavailable: (rows, memory))
+        (row,), memory = report.condensed([process(1.0, {"value": 1e-6}), process(5.0, {}), process(7.0, {})], "")
+    floor, ours = row["who"]
+    assert row["rounds"] == 3 and memory == [1.0]
+    assert floor["ms"] == pytest.approx(500) and ours["ms"] == pytest.approx(1500)
+    assert ours["times_floor"] == pytest.approx(1.5) and ours["errors"] == {"value": 1e-6}
+
+
+def test_which_process_takes_which_readings():
+    """Each of those that share the rounds takes its own of the short ones; what takes long is the first's alone."""
+    shared = sum(row.apart for rows in suites.cpu(long=False).values() for row in rows)
+    assert shared >= 10
+
+    def ids(process):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "benchmarks",
+            "--collect-only",
+            "-q",
+            "--device",
+            "cpu",
+            f"--process={process}",
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:]
+        return [line.split("[", 1)[1] for line in done.stdout.splitlines() if "::" in line]
+
+    first, second = ids(0), ids(1)
+    assert any("pair: 2 x 512" in name for name in first) and not any("pair: 2 x 512" in name for name in second)
+    assert all("round 1" in name for name in second) and len(second) >= 3 * shared
+    assert not {name for name in first if "scaling" in name} & set(second)
 
 
 def test_memory_measures_a_known_allocation_and_the_phases():

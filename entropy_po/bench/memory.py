@@ -19,7 +19,7 @@ from entropy_po.memory import held_bytes, peak_bytes, reset_peak
 # glibc keeps freed blocks for later, which would hide what a second call allocates; these give every block above 1 MiB back.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": "0"}
 
-WARM_UP = 8192  # tokens: enough to have every library loaded; more would only take time
+WARM_UP = 1024  # tokens: enough to have every library loaded; more would only take time
 
 
 def in_fresh_process(module: str, *arguments: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 NOISY = 0.25  # a spread above which a few percent are not to be believed
 # A call is repeated until one reading takes this long: on CUDA so that its launch does not count, on a CPU so that an
 # interruption or the state in which the one before left caches and allocator does not.
-READING_SECONDS = {"cuda": 0.02, "cpu": 0.2}
+READING_SECONDS = {"cuda": 0.02, "cpu": 0.1}
 _LIBC: Any = ctypes.CDLL(None) if os.name == "posix" else None
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
