@@ -163,7 +163,7 @@ struct RowState {
   static EP_INLINE RowState empty() {
     return {Numeric<T>::kMinusInf, 0, 0, Numeric<T>::kNan, Numeric<T>::kNan, 0, 0, 0};
   }
-  // Of a row that is not computed: everything that `RowStats` makes of it is 0.
+  // Of a row that is not computed: everything that `write_stats` makes of it is 0.
   static EP_INLINE RowState ignored() { return {0, 1, 0, 0, -1, 1, 0, 1}; }
 
   // Row `at` of TileArgs::state, of which a level below kExtras has five numbers, not eight.

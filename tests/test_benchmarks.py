@@ -128,20 +128,11 @@ def test_which_process_takes_which_readings():
     assert shared >= 10
 
     def ids(process):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "benchmarks",
-            "--collect-only",
-            "-q",
-            "--device",
-            "cpu",
-            f"--process={process}",
-        ]
+        command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "--device", "cpu",
+                   f"--process={process}"]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:]
-        return [line.split("[", 1)[1] for line in done.stdout.splitlines() if "::" in line]
+        return [line.split("[", 1)[1] for line in done.stdout.splitlines() if "::test_time[" in line]
 
     first, second = ids(0), ids(1)
     assert any("pair: 2 x 512" in name for name in first) and not any("pair: 2 x 512" in name for name in second)

@@ -481,7 +481,8 @@ def test_outputs_of_a_state(kernels, gen, dtype, n):
         for name, values in made.items():
             assert values.dtype == expected[name].dtype, name
             eps = 0 if name == "is_top1" else torch.finfo(dtype).eps
-            assert_close(values, expected[name], rtol=2 * eps, atol=2 * eps, equal_nan=True, msg=name)
+            # two logarithms of about 1, each rounded by its own library, may cancel
+            assert_close(values, expected[name], rtol=2 * eps, atol=8 * eps, equal_nan=True, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -282,7 +282,8 @@ void gemm_case() {
   for (int64_t i = 0; i < b.size(); ++i) b[i] = rounded<E>(normal());
   for (int64_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(normal());
   g.a = a.get(), g.b = b.get(), g.out = out.get();
-  what = "gemm dtype " + std::to_string(static_cast<int>(g.dtype)) + " m " + std::to_string(g.m) + " n " + std::to_string(g.n) + " k " + std::to_string(g.k);
+  what = "gemm dtype " + std::to_string(static_cast<int>(g.dtype)) + " m " + std::to_string(g.m) + " n " +
+         std::to_string(g.n) + " k " + std::to_string(g.k);
   std::vector<float> before(out.get(), out.get() + out.size());
   if (!gemm(g)) fail("out of memory", 0, 0);
   for (int64_t i = 0; i < g.m; ++i) {
