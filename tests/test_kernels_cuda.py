@@ -189,7 +189,7 @@ def test_where_there_is_no_driver_a_call_says_so():
     x, labels = torch.zeros(2, 6), torch.zeros(2, dtype=torch.int64)
     args = tiles._tile_args(x, labels, 0, new_state(2, Level.ENTROPY, x), Transform(), -100)
     with pytest.raises(RuntimeError, match="CUDA: "):
-        tiles.compiled_core().cuda_fold(args, 1, 0, 0, 0)
+        tiles.compiled_core().cuda_fold(args, 1, False, 0, 0, 0)
 
 
 @pytest.mark.gpu
