@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output_dir", type=Path, default=report.RESULTS)
     arguments, options = parser.parse_known_args(argv)
     readings: list[dict] = []
+    failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for process in range(PROCESSES):
             path = Path(folder) / f"{process}.json"
@@ -34,14 +35,16 @@ def main(argv: list[str]) -> int:
                        "-q", "-p", "no:cacheprovider", "-W", "ignore", "-r", "fE", f"--benchmark-json={path}",
                        f"--process={process}", *options]  # fmt: skip
             status = subprocess.run(command, cwd=HERE.parent).returncode
-            if process and status == pytest.ExitCode.NO_TESTS_COLLECTED:
+            if status != pytest.ExitCode.NO_TESTS_COLLECTED:
+                failed = failed or status
+            if not path.exists():  # nothing was left for this process, or it died
                 break
-            if status or not path.exists():
-                return status or 1
             readings.append(json.loads(path.read_text()))
+    if not readings:
+        return status or 1
     found = report.condensed(readings, shlex.join(["python", "-m", "benchmarks", *argv]))
     print(report.write(found, arguments.output_dir))
-    return 0
+    return failed
 
 
 if __name__ == "__main__":

@@ -79,17 +79,10 @@ class Transform:
 STATE_ROWS = {Level.LOGPS: 5, Level.ENTROPY: 5, Level.EXTRAS: 8}
 
 
-EMPTY = (
-    -torch.inf,
-    0,
-    0,
-    torch.nan,
-    torch.nan,
-    0,
-    0,
-    0,
-)  # nothing folded; a label that no tile has held reads NaN, not 0
-IGNORED = (0, 1, 0, 0, -1, 1, 0, 1)  # of a row that is not computed: every output made of it is 0
+# Of a row of which nothing is folded: a label that no tile has held reads NaN, not 0.
+EMPTY = (-torch.inf, 0, 0, torch.nan, torch.nan, 0, 0, 0)
+# Of a row that is not computed: every output made of it is 0.
+IGNORED = (0, 1, 0, 0, -1, 1, 0, 1)
 
 
 def new_state(n: int, level: Level, like: Tensor) -> Tensor:

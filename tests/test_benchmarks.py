@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import __main__ as run
 from benchmarks import agreement, bars, charts, report, suites
 from entropy_po.bench import context, timing
 from entropy_po.bench.command import main as bench
@@ -120,6 +122,24 @@ def test_rounds_of_several_processes_make_one_row():
     assert row["rounds"] == 3 and memory == [1.0]
     assert floor["ms"] == pytest.approx(500) and ours["ms"] == pytest.approx(1500)
     assert ours["times_floor"] == pytest.approx(1.5) and ours["errors"] == {"value": 1e-6}
+
+
+def test_a_failed_reading_costs_no_other(monkeypatch, tmp_path):
+    """What was measured is written whatever the status, and a process that none is left for leaves no file."""
+
+    def pytest_run(command, **options):
+        path = next(Path(word.split("=", 1)[1]) for word in command if word.startswith("--benchmark-json="))
+        first = "--process=0" in command
+        if first:
+            path.write_text(json.dumps({"benchmarks": []}))
+        return SimpleNamespace(returncode=1 if first else 0)
+
+    written = []
+    monkeypatch.setattr(run.subprocess, "run", pytest_run)
+    monkeypatch.setattr(run.report, "condensed", lambda readings, command: written.append(readings))
+    monkeypatch.setattr(run.report, "write", lambda found, folder: "")
+    assert run.main(["--output_dir", str(tmp_path)]) == 1
+    assert written == [[{"benchmarks": []}]]
 
 
 def test_which_process_takes_which_readings():
