@@ -6,9 +6,9 @@
 // depends on every size.
 //
 // Both operands are packed into words of 32 bits, an fp32 or a pair of bf16 that are neighbours in k: blocks of 12 rows of
-// A and panels of 32 columns of B, so that one kernel with 24 accumulators in registers serves every layout. The smaller
-// operand is packed by all threads for all; of the larger one a thread packs a strip at a time and owns that strip's part of
-// the result. How a sum is split depends on k alone: neither threads nor the other sizes change its bits.
+// A and panels of 32 columns of B, so that one kernel with 24 accumulators in registers serves every layout. One operand, as
+// a rule the smaller, is packed by all threads for all; of the other a thread packs a strip at a time and owns that strip's
+// part of the result. How a sum is split depends on k alone: neither threads nor the other sizes change its bits.
 #include "gemm.h"
 
 #ifdef ENTROPY_PO_AVX512_GEMM
@@ -27,11 +27,17 @@ constexpr int64_t kRows = 12;  // 12 x 2 accumulators + 2 panel vectors + 1 broa
 constexpr int64_t kCols = 32;  // two vectors of fp32 sums
 
 constexpr int64_t kWords = 1024;  // of k per pass over the result; a panel of them is 128 KiB of L2
-// Of the shared operand per step, which streams from L3 fast enough; the larger operand is packed again for each.
+// Of the shared operand per step, which streams from L3 fast enough; the other is packed again for each.
 constexpr int64_t kSharedBytes = int64_t{4} << 20;
-constexpr int64_t kStripBytes = int64_t{256} << 10;  // of the larger operand, in L2
+constexpr int64_t kStripBytes = int64_t{256} << 10;  // of the owned operand, in L2
+constexpr int64_t kStripsPerThread =
+    8;  // or more, however few blocks there are: the others wait for a thread's last one
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Words from one packed block to the next. Odd, for many blocks are written side by side: at a power of two their lines
+// would evict each other.
+int64_t pitch_of(int64_t words) { return words | 1; }
 
 inline __mmask32 first_lanes(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1u; }
 
@@ -104,9 +110,13 @@ inline void transpose(__m512i r[16]) {
   }
 }
 
-template <int kLanes>
+// Past the caches if it is for all threads: lines that they read two steps ago would first have to be taken from them, which
+// between two L3s takes four times as long as all the rest of packing.
+template <int kLanes, bool kForAll>
 inline void store(uint32_t* to, __m512i words) {
-  if constexpr (kLanes == 16) {
+  if constexpr (kLanes == 16 && kForAll) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), words);
+  } else if constexpr (kLanes == 16) {
     _mm512_store_si512(to, words);
   } else {
     static_assert(kLanes == 12);
@@ -115,15 +125,17 @@ inline void store(uint32_t* to, __m512i words) {
   }
 }
 
-// Blocks of x from `first` on, of k from `begin` on, as [blocks][words][kWidth]; zero past the end of x or of an odd k.
-template <int kWidth, class E>
-void pack_as(const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin, int64_t depth, uint32_t* out) {
+// Blocks of x from `first` on, of k from `begin` on, as [blocks][pitch words][kWidth], of which the first words are written;
+// zero past the end of x or of an odd k.
+template <int kWidth, bool kForAll, class E>
+void pack_as(const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin, int64_t depth, int64_t pitch,
+             uint32_t* out) {
   constexpr int kLanes = kWidth % 16 == 0 ? 16 : kWidth;
   const int64_t words = ceil_div(depth, E::kPerWord);
   if (x.along_k) {
     for (int64_t i = first * kWidth; i < (first + blocks) * kWidth; i += kLanes) {
       const int64_t live = std::min<int64_t>(x.size - i, kLanes);
-      uint32_t* to = out + (i / kWidth - first) * words * kWidth + i % kWidth;
+      uint32_t* to = out + (i / kWidth - first) * pitch * kWidth + i % kWidth;
       for (int64_t p = 0; p < words; p += 16) {
         const int64_t done = E::kPerWord * p;
         const auto* from = x.data + i * x.stride + begin + done;
@@ -132,7 +144,8 @@ void pack_as(const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin, 
           r[row] = row < live ? E::along_k(from + row * x.stride, depth - done) : _mm512_setzero_si512();
         }
         transpose(r);
-        for (int64_t q = 0; q < std::min<int64_t>(words - p, 16); ++q) store<kLanes>(to + (p + q) * kWidth, r[q]);
+        for (int64_t q = 0; q < std::min<int64_t>(words - p, 16); ++q)
+          store<kLanes, kForAll>(to + (p + q) * kWidth, r[q]);
       }
     }
     return;
@@ -145,24 +158,42 @@ void pack_as(const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin, 
   for (int64_t p = 0; p < words; ++p, row += E::kPerWord * x.stride) {
     const bool has_next = E::kPerWord * p + 1 < depth;
     uint32_t* to = out + p * kWidth;
-    for (int64_t block = 0; block < blocks; ++block, to += words * kWidth) {
+    for (int64_t block = 0; block < blocks; ++block, to += pitch * kWidth) {
       for (int64_t lane = 0; lane < kWidth; lane += kLanes) {
         const auto* from = row + block * kWidth + lane;
         if (block < whole) {
-          store<kLanes>(to + lane, E::across_k(from, x.stride, has_next, kWholeBlock));
+          store<kLanes, kForAll>(to + lane, E::across_k(from, x.stride, has_next, kWholeBlock));
         } else {
           const int64_t live = std::min<int64_t>(x.size - (first + block) * kWidth - lane, kLanes);
           const auto mask = static_cast<__mmask16>(first_lanes(live));
-          store<kLanes>(to + lane, E::across_k(from, x.stride, has_next, mask));
+          store<kLanes, kForAll>(to + lane, E::across_k(from, x.stride, has_next, mask));
         }
       }
     }
   }
 }
 
+template <bool kForAll, class E>
+void pack(const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin, int64_t depth, int64_t pitch,
+          uint32_t* out) {
+  (x.width == kRows ? pack_as<kRows, kForAll, E> : pack_as<kCols, kForAll, E>)(x, first, blocks, begin, depth, pitch,
+                                                                               out);
+}
+
+// Piece `i` of `pieces` of that work for many blocks. Where rows of memory lie across k a piece is a range of k and not of
+// blocks, so that whole rows are read, one after the other.
 template <class E>
-void pack(const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin, int64_t depth, uint32_t* out) {
-  (x.width == kRows ? pack_as<kRows, E> : pack_as<kCols, E>)(x, first, blocks, begin, depth, out);
+void pack_piece(int64_t i, int64_t pieces, const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin,
+                int64_t depth, int64_t pitch, uint32_t* out) {
+  if (x.along_k) {
+    const int64_t from = i * blocks / pieces, to = (i + 1) * blocks / pieces;
+    pack<true>(x, first + from, to - from, begin, depth, pitch, out + from * pitch * x.width);
+  } else {
+    const int64_t words = ceil_div(depth, E::kPerWord), from = i * words / pieces, to = (i + 1) * words / pieces;
+    const int64_t deep = std::min(to * E::kPerWord, depth) - from * E::kPerWord;
+    pack<true>(x, first, blocks, begin + from * E::kPerWord, deep, pitch, out + from * x.width);
+  }
+  _mm_sfence();
 }
 
 // out (+)= one block of rows times one panel of columns, of which `rows` and `cols` are the matrix's.
@@ -217,7 +248,9 @@ bool product(const GemmArgs& g) {
   using Element = typename E::Element;
   const Operand<E> a{static_cast<const Element*>(g.a), g.a_stride, g.m, kRows, !g.a_transposed};
   const Operand<E> b{static_cast<const Element*>(g.b), g.b_stride, g.n, kCols, g.b_transposed};
-  const bool share_a = g.m <= g.n;
+  // The smaller one; but where whole rows of B can be read if it is shared, and a line of each if not, it is B, as long as
+  // A has strips for every thread.
+  const bool share_a = g.m <= g.n && (b.along_k || a.blocks() < kStripsPerThread * g.threads);
   const Operand<E>& shared = share_a ? a : b;
   const Operand<E>& owned = share_a ? b : a;
 
@@ -231,29 +264,31 @@ bool product(const GemmArgs& g) {
   const int64_t useful = g.m * g.n * g.k / (1 << 18) + 1;  // below that many products a second thread costs more
   const int threads = static_cast<int>(std::min<int64_t>(useful, g.threads));
   const int64_t group = std::clamp<int64_t>(kSharedBytes / shared_block, 1, shared.blocks());
-  // a thread's last strip is what the others wait for: several each, however few there are
-  const int64_t fair = std::max<int64_t>(owned.blocks() / (8 * threads), 1);
+  const int64_t fair = std::max<int64_t>(owned.blocks() / (kStripsPerThread * threads), 1);
   const int64_t strip = std::clamp<int64_t>(kStripBytes / owned_block, 1, fair);
   const int64_t strips = ceil_div(owned.blocks(), strip);
 
   // The shared operand comes in steps, each a group of blocks and a pass over k. While one is multiplied the next is
   // packed, so that threads wait for each other once a step.
   struct Step {
-    int64_t from, blocks, begin, depth, words;
+    int64_t from, blocks, begin, depth, words, pitch;
   };
   const int64_t steps = ceil_div(shared.blocks(), group) * passes;
   const auto step_at = [&](int64_t step) {
     if (step < 0 || step >= steps) return Step{};
     const int64_t from = step / passes * group, begin = step % passes * depth;
-    const int64_t deep = std::min(depth, g.k - begin);
-    return Step{from, std::min(group, shared.blocks() - from), begin, deep, ceil_div(deep, E::kPerWord)};
+    const int64_t deep = std::min(depth, g.k - begin), words = ceil_div(deep, E::kPerWord);
+    return Step{from, std::min(group, shared.blocks() - from), begin, deep, words, pitch_of(words)};
   };
-  const Buffer common[2] = {buffer(group * shared_block), buffer(steps > 1 ? group * shared_block : 0)};
+  const auto packed_blocks = [&](int64_t count, int64_t width) {
+    return buffer(count * pitch_of(most_words) * width * 4);
+  };
+  const Buffer common[2] = {packed_blocks(group, shared.width), packed_blocks(steps > 1 ? group : 0, shared.width)};
   if (!common[0] || !common[1]) return false;
   bool out_of_memory = false;
 #pragma omp parallel num_threads(threads)
   {
-    const Buffer own = buffer(strip * owned_block);
+    const Buffer own = packed_blocks(strip, owned.width);
     for (int64_t step = -1; step < steps; ++step) {
       const Step now = step_at(step), next = step_at(step + 1);
       uint32_t* const packed = common[step & 1].get();
@@ -267,13 +302,13 @@ bool product(const GemmArgs& g) {
           continue;
         }
         if (item >= multiplied) {
-          const int64_t s = item - multiplied;
-          pack(shared, next.from + s, 1, next.begin, next.depth, packing + s * next.words * shared.width);
+          pack_piece(item - multiplied, next.blocks, shared, next.from, next.blocks, next.begin, next.depth, next.pitch,
+                     packing);
           continue;
         }
         const int64_t first = item * strip;
         const int64_t count = std::min(strip, owned.blocks() - first);
-        pack(owned, first, count, now.begin, now.depth, own.get());
+        pack<false>(owned, first, count, now.begin, now.depth, now.pitch, own.get());
         const uint32_t* blocks = share_a ? packed : own.get();
         const uint32_t* panels = share_a ? own.get() : packed;
         const int64_t row = (share_a ? now.from : first) * kRows;
@@ -283,7 +318,7 @@ bool product(const GemmArgs& g) {
         float* out = g.out + row * g.out_stride + col;
         for (int64_t j = 0; j < cols; j += kCols) {
           for (int64_t i = 0; i < rows; i += kRows) {
-            multiply<E>(blocks + i * now.words, panels + j * now.words, now.words, out + i * g.out_stride + j,
+            multiply<E>(blocks + i * now.pitch, panels + j * now.pitch, now.words, out + i * g.out_stride + j,
                         g.out_stride, rows - i, cols - j, g.accumulate || now.begin > 0);
           }
         }

@@ -23,7 +23,10 @@ LAYOUTS = {"NT": (False, True), "TN": (True, False), "NN": (False, False)}  # (a
 # (m, n, k): below a block of 12 x 32 and a pair, whole ones, one over; several passes over k; several strips of either
 # operand; more than 4 MiB of the smaller one
 SIZES = [(1, 1, 1), (5, 7, 3), (11, 31, 2), (12, 32, 64), (13, 33, 65), (3, 500, 4097), (700, 9, 2049), (300, 290, 33)]
-SIZES += [(1100, 1120, 2051)]
+SIZES += [
+    (1100, 1120, 2051),
+    (200, 230, 2051),
+]  # B is shared if A has blocks enough
 CANARY = 7.25
 
 
@@ -118,3 +121,17 @@ def test_gradients_are_added_in_fp32_and_without_scratch(n, v, d, dtype, monkeyp
         for times in (1, 2):
             gemm.add_product(total, left, right, first=times == 1, scratch=None)
             assert relative_error(total, times * (left.double() @ right.double())) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", OPERANDS[:1])
+def test_a_bf16_gradient_is_its_fp32_sum_rounded_once(dtype, monkeypatch):
+    """Whether it is made at once or in pieces of some rows."""
+    monkeypatch.setattr(gemm, "compiled_bf16", lambda: True)
+    gradient, weight = bf16_overlay(torch.randn(37, 3001)).normal_(), torch.randn(3001, 45).to(dtype)
+    exact = torch.empty(37, 45)
+    gemm.add_product(exact, gradient, weight, first=True, scratch=None)
+    for elements in (1 << 22, 45 * 10):
+        monkeypatch.setattr(gemm, "PRODUCT_ELEMENTS", elements)
+        total = torch.full((37, 45), torch.nan, dtype=dtype)
+        gemm.add_product(total, gradient, weight, first=True, scratch=gemm.Scratch(total.device))
+        assert torch.equal(total, exact.to(dtype))

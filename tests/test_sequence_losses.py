@@ -273,6 +273,22 @@ def test_the_choice_is_on_the_output_and_in_the_log(caplog):
     assert messages == [f"linear_preference_loss: {output.strategy} ({output.reason})"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("long", [0, 1])
+def test_one_long_pair_among_short_ones(dtype, long):
+    """Its part of dW is scaled when its margin is known, and then the short pairs' parts are added."""
+    lengths = [80, 75, 3, 4, 2, 3] if long == 0 else [3, 4, 80, 75, 2, 3]
+    cu = torch.tensor([0, *itertools.accumulate(lengths)])
+    hidden, weight, bias, labels = problem(dtype, n=sum(lengths), ignored=0)
+    inputs, exact_inputs = leaves(hidden, weight, bias), exact_leaves(hidden, weight, bias)
+    ref = torch.randn(3, 2) * 3 - 50
+    output = linear_preference_loss(
+        inputs[0], inputs[1], labels, cu, bias=inputs[2], objective=OBJECTIVE, ref_logps=ref, workspace_bytes=150_000
+    )  # fmt: skip
+    assert output.strategy == "deferred"
+    assert_same(output.loss, inputs, exact_loss(exact_inputs, labels, ref, cu), exact_inputs, upstream=3.0)
+
+
 def test_a_pair_far_longer_than_the_budget():
     """Sums of 20,000 log-probs: the margin is a difference of two numbers of 1e5, taken in fp64."""
     n, d, v = 40_000, 8, 64

@@ -29,6 +29,7 @@ _precision_lock = threading.Lock()
 # Of the one product that deterministic mode makes logits from: large enough to run at the library's full rate, small enough
 # to lie beside the budget, 12 MiB at D = 8192.
 BLOCK_ROWS, BLOCK_COLS = 128, 256
+PRODUCT_ELEMENTS = 1 << 22  # of a product at a time that is not made in its place
 
 
 @contextmanager
@@ -70,9 +71,9 @@ def compiled_fp32() -> bool:
     return bool(core.is_amd()) and torch.backends.mkl.is_available()
 
 
-def _is_compiled(left: Tensor, right: Tensor, total: Tensor) -> bool:
-    """Whether `_C.gemm` makes the product of operands of one dtype, summed in fp32."""
-    if left.device.type != "cpu" or left.dtype != right.dtype or total.dtype != torch.float32:
+def _is_compiled(left: Tensor, right: Tensor) -> bool:
+    """Whether `_C.gemm` makes the product, which is fp32."""
+    if left.device.type != "cpu" or left.dtype != right.dtype:
         return False
     return compiled_bf16() if left.dtype == torch.bfloat16 else left.dtype == torch.float32 and compiled_fp32()
 
@@ -149,7 +150,7 @@ def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.
         options = {} if hidden.dtype == out.dtype else {"out_dtype": out.dtype}
         return torch.mm(hidden, weight.t(), out=out, **options)
     copied_bf16 = model_dtype == torch.bfloat16 and hidden.dtype == torch.float32
-    if not copied_bf16 and _is_compiled(hidden, weight, out):  # its order of sums depends on D alone
+    if not copied_bf16 and _is_compiled(hidden, weight):  # its order of sums depends on D alone
         return _compiled_product(hidden, weight.t(), out, accumulate=False)
     with _bf16_matrix_unit(copied_bf16):
         if torch.are_deterministic_algorithms_enabled():
@@ -193,10 +194,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
     CUDA and the compiled core add bf16 products in fp32. Elsewhere each is rounded once, as any bf16 GEMM's result is,
     before it is added.
     """
-    if _is_compiled(left, right, total):
+    compiled = _is_compiled(left, right)
+    if compiled and total.dtype == torch.float32:
         _compiled_product(left, right, total, accumulate=not first)
         return
-    if total.dtype == left.dtype:
+    if total.dtype == left.dtype and not compiled:
         if first:
             torch.mm(left, right, out=total)
         else:
@@ -209,11 +211,17 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
         else:
             torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
-    product = torch.mm(left, right, out=scratch("product", tuple(total.shape), left.dtype))
-    if first:
-        total.copy_(product)
-    else:
-        total += product
+    for rows in slices(0, len(total), max(1, PRODUCT_ELEMENTS // max(total.shape[1], 1))):
+        part = total[rows]
+        product = scratch("product", tuple(part.shape), torch.float32 if compiled else left.dtype)
+        if compiled:
+            _compiled_product(left[rows], right, product, accumulate=False)
+        else:
+            torch.mm(left[rows], right, out=product)
+        if first:
+            part.copy_(product)
+        else:
+            part += product
 
 
 def accumulator_dtype(dtype: torch.dtype, products: int) -> torch.dtype:

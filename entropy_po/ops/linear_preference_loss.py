@@ -143,7 +143,7 @@ def linear_preference_loss(
 
     Numerics:
         Tile values and sums are fp32 whatever the operands are; log-probs of sequences, margins and losses are summed in
-        fp64. All strategies agree to rounding. A deferred bf16 gradient is rounded as it is kept, and again as it is scaled.
+        fp64. All strategies agree to rounding. The bf16 dH of a deferred pair is rounded as it is kept, and again as it is scaled.
 
     Example:
         >>> hidden, head = torch.randn(9, 16, requires_grad=True), torch.nn.Linear(16, 50, bias=False)

@@ -155,6 +155,7 @@ class VocabSums:
     def __init__(self, tiles: RowTiles, weight_dtype: torch.dtype | None, wants_bias: bool):
         head = tiles.head
         self.tiles, self.empty = tiles, True
+        self.factor: Tensor | None = None  # that the sums are still to be multiplied by
         self.weight = self.bias = None
         if weight_dtype is not None:
             self.weight = head.weight.new_empty(head.weight.shape, dtype=weight_dtype)
@@ -163,6 +164,7 @@ class VocabSums:
 
     def add_product(self, gradient: Tensor, hidden: Operand) -> None:
         """A tile's gradient [n, V], transposed, times its hidden states [n, D]."""
+        self._multiply()
         if self.weight is not None:
             right = hidden.beside(gradient)
             for cols in self.tiles.col_slices():
@@ -172,11 +174,19 @@ class VocabSums:
         self.empty = False
 
     def scale_(self, factor: Tensor) -> None:
-        for total in self._totals():
-            total.mul_(_with_all_digits(factor, total))
+        """Times a scalar tensor: when the sums are next added to, or else in one pass with `finish`."""
+        self._multiply()
+        self.factor = factor
+
+    def _multiply(self) -> None:
+        if self.factor is not None:
+            for total in self._totals():
+                total.mul_(_with_all_digits(self.factor, total))
+            self.factor = None
 
     def add_(self, other: VocabSums, factor: Tensor) -> None:
         """self += factor * other, in one pass."""
+        self._multiply()
         for total, part in zip(self._totals(), other._totals(), strict=True):
             if self.empty:
                 torch.mul(part, factor.to(part.dtype), out=total)
@@ -186,9 +196,15 @@ class VocabSums:
 
     def clear(self) -> None:
         """Forget the sums; the next product overwrites dW."""
-        self.empty = True
+        self.empty, self.factor = True, None
         if self.bias is not None:
             self.bias.zero_()
+
+    def finish(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
+        """(dW, dbias); dW is 0 where nothing was added."""
+        if self.weight is not None and self.empty:
+            self.weight.zero_()
+        return _times(self.weight, self.factor, weight_dtype), _times(self.bias, self.factor, bias_dtype)
 
     def _totals(self) -> list[Tensor]:
         return [total for total in (self.weight, self.bias) if total is not None]
@@ -231,14 +247,14 @@ class GradientSums:
         """(dH, dW, dbias), [0] where not wanted."""
         head = self.tiles.head
         empty = head.hidden.new_empty(0)
-        bias, grad_weight, grad_bias = head.transform.bias, self.vocab.weight, self.vocab.bias
-        if grad_weight is not None:
-            grad_weight = grad_weight.zero_() if self.vocab.empty else grad_weight
-            grad_weight = grad_weight.to(held_dtype(head.weight.dtype))
+        bias = head.transform.bias
+        grad_weight, grad_bias = self.vocab.finish(
+            held_dtype(head.weight.dtype), None if bias is None else held_dtype(bias.dtype)
+        )
         return (
             empty if self.hidden is None else self.hidden.finish(),
             empty.clone() if grad_weight is None else grad_weight,
-            empty.clone() if grad_bias is None or bias is None else grad_bias.to(held_dtype(bias.dtype)),
+            empty.clone() if grad_bias is None else grad_bias,
         )
 
 
@@ -272,6 +288,19 @@ def _with_all_digits(factor: Tensor, x: Tensor) -> Tensor:
     return factor if x.device.type == "cpu" else factor.reshape((1,) * x.ndim)
 
 
+def _times(total: Tensor | None, factor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """A sum times a scalar, in one pass, whatever the dtype of the result is; in its own memory where that is its own."""
+    if total is None or factor is None:
+        return total if total is None else total.to(dtype)
+    factor = _with_all_digits(factor, total)
+    if total.dtype == dtype:
+        return total.mul_(factor)
+    result = torch.empty_like(total, dtype=dtype)
+    for rows in few_rows(total):
+        torch.mul(total[rows], factor, out=result[rows])
+    return result
+
+
 def rows_scaled(saved: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """The same with a factor per row [N]."""
     if type(saved) is not Tensor:
@@ -289,9 +318,9 @@ def scale_rows(x: Tensor, factors: Tensor, out: Tensor) -> None:
 
 
 def few_rows(x: Tensor) -> Iterator[slice]:
-    """The rows of `x` [n, D], some megabytes at a time: an expression's temporaries are never as large as it is."""
+    """The rows of `x` [n, ...], some megabytes at a time: an expression's temporaries are never as large as it is."""
     elements = 1 << (24 if x.is_cuda else 20)
-    return slices(0, len(x), max(1, elements // max(x.shape[1], 1)))
+    return slices(0, len(x), max(1, elements // max(x[:1].numel(), 1)))
 
 
 def _graph_is_kept() -> bool:
