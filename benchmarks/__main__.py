@@ -37,11 +37,10 @@ def main(argv: list[str]) -> int:
             status = subprocess.run(command, cwd=HERE.parent).returncode
             if status != pytest.ExitCode.NO_TESTS_COLLECTED:
                 failed = failed or status
-            if not path.exists():  # nothing was left for this process, or it died
-                break
-            readings.append(json.loads(path.read_text()))
+            if path.exists():  # not if nothing was left for this process, or it died
+                readings.append(json.loads(path.read_text()))
     if not readings:
-        return status or 1
+        return failed or status or 1
     found = report.condensed(readings, shlex.join(["python", "-m", "benchmarks", *argv]))
     print(report.write(found, arguments.output_dir))
     return failed

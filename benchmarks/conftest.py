@@ -8,10 +8,10 @@ rounds. `pytest benchmarks --benchmark-enable -k "pair and TRL"` runs some.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import ClassVar
 
 import pytest
 import torch
@@ -23,20 +23,15 @@ from entropy_po.bench.measure import one_line
 from entropy_po.bench.problem import Case, Problem
 from entropy_po.bench.timing import give_back_memory, keep_freed_memory, repeats_for, rotated, timed
 
-FLOOR = "floor"
+FLOOR, ROUNDS = "floor", 5
 UNAVAILABLE, MEMORY, KEPT = pytest.StashKey[dict](), pytest.StashKey[list](), pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("entropy_po")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    group.addoption("--rounds", type=int, default=5, help="readings of every implementation")
-    group.addoption(
-        "--process",
-        type=int,
-        default=0,
-        help="which of those that share the rounds: the first takes what all others leave",
-    )
+    group.addoption("--rounds", type=int, default=99, help="at most so many readings of every implementation")
+    group.addoption("--process", type=int, default=0, help="which of those that share the readings")
     group.addoption("--long", action="store_true", help="also the cases that take minutes a reading")
     group.addoption(
         "--fresh_memory", action="store_true", help="on a CPU: every call takes its memory from the system; some cases"
@@ -48,6 +43,9 @@ def pytest_configure(config):
     config.stash[UNAVAILABLE], config.stash[MEMORY] = defaultdict(dict), []
     freed_is_kept = config.getoption("--device") == "cpu" and not config.getoption("--fresh_memory")
     config.stash[KEPT] = freed_is_kept and keep_freed_memory()
+    # every case is compiled for its own shape, as if there were no other
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 999
 
 
 def _suites(config) -> dict[str, list[suites.Row]]:
@@ -69,15 +67,26 @@ def pytest_generate_tests(metafunc):
     if "reading" not in metafunc.fixturenames:
         return
     readings, ids = [], []
-    for suite, rows in _suites(metafunc.config).items():
-        for row in rows:
-            names = [FLOOR, *(row.who or implementations(row.case))]
-            own = slice(process, process + 1) if row.apart else slice(0, 0 if process else None)
-            for i in range(min(row.rounds or 99, option("--rounds")))[own]:
-                for who in rotated(names, i):
-                    readings.append((suite, row.case, who))
-                    ids.append(f"{suite}: {row.case.name}: {who}, round {i}")
+    for suite, row, i in _rounds(_suites(metafunc.config), process):
+        if i < option("--rounds"):
+            for who in rotated([FLOOR, *(row.who or implementations(row.case))], i):
+                readings.append((suite, row, who))
+                ids.append(f"{suite}: {row.case.name}: {who}, round {i}")
     metafunc.parametrize("reading", readings, ids=ids)
+
+
+def _rounds(found: dict[str, list[suites.Row]], process: int) -> Iterator[tuple[str, suites.Row, int]]:
+    """(suite, row, round) of one process: its part of the rows whose rounds follow one another, and in between at even distances
+    its rounds of all others. Without such it is alone."""
+    every = [(suite, row) for suite, rows in found.items() for row in rows]
+    spread, compact = [x for x in every if x[1].spread], [x for x in every if not x[1].spread]
+    processes, visits = (suites.PROCESSES, suites.VISITS) if spread else (1, 1)
+    if process >= processes:
+        return
+    for visit in range(process * visits, (process + 1) * visits):
+        yield from ((*each, visit) for each in spread)
+        part = slice(*(len(compact) * stop // (processes * visits) for stop in (visit, visit + 1)))
+        yield from ((suite, row, i) for suite, row in compact[part] for i in range(row.rounds or ROUNDS))
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -90,21 +99,28 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["memory"] = config.stash[MEMORY]
 
 
-class Current:
-    """The one case that is in memory, and what is known of each implementation of it: repeats and errors."""
+@dataclass
+class Opened:
+    """A case in memory, and what is known of each implementation of it: repeats and errors."""
 
-    case: Case | StepCase | None = None
-    problem: Problem | StepProblem | None = None
-    known: ClassVar[dict[str, dict]] = {}
+    row: suites.Row
+    problem: Problem | StepProblem
+    known: dict[str, dict] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, case: Case | StepCase) -> Problem | StepProblem:
-        if cls.case != case:
-            cls.case, cls.problem, cls.known = case, None, {}  # the old one is gone before the new one is made
-            torch.compiler.reset()  # it stops compiling after a few shapes
-            give_back_memory()
-            cls.problem = Problem(case) if isinstance(case, Case) else StepProblem(case)
-        return cls.problem
+
+_opened: dict[Case | StepCase, Opened] = {}
+
+
+def _open(row: suites.Row) -> Opened:
+    """Rows that are read again later stay in memory; of all others only one is."""
+    if row.case not in _opened:
+        for case, opened in list(_opened.items()):
+            opened.problem.__dict__.pop("truth", None)
+            if not opened.row.spread:
+                del _opened[case], opened  # gone before the new one is made
+        give_back_memory()
+        _opened[row.case] = Opened(row, (Problem if isinstance(row.case, Case) else StepProblem)(row.case))
+    return _opened[row.case]
 
 
 @pytest.fixture
@@ -112,33 +128,37 @@ def measure(request, benchmark):
     """Take one reading of a suite's case by an implementation."""
     threads = torch.get_num_threads()
 
-    def take(suite: str, case: Case | StepCase, who: str) -> None:
+    def take(suite: str, row: suites.Row, who: str) -> None:
+        case = row.case
         unavailable = request.config.stash[UNAVAILABLE][case.name]
         if who in unavailable:
             pytest.skip(unavailable[who])
         torch.set_num_threads(case.threads or threads)
-        problem = Current.of(case)
+        opened = _open(row)
+        problem, known = opened.problem, opened.known
         floor_name, floor, scale = problem.floor
         run = floor if who == FLOOR else partial(problem.run, problem.implementation(who))
-        if who not in Current.known:
+        if who not in known:
             try:  # the first call also loads libraries and compiles; its results are checked
                 results = run()
-                checked = who != FLOOR and not request.config.getoption("--process")
+                checked = who != FLOOR and not (row.spread and request.config.getoption("--process"))
                 errors = problem.errors(*results) if checked else {}
             except Exception as error:
                 unavailable[who] = one_line(error)
                 pytest.skip(unavailable[who])
             # what does more than a floor that fills a reading need not be tried again to know that it does too
-            once = Current.known.get(FLOOR, {}).get("repeats") == 1
+            once = known.get(FLOOR, {}).get("repeats") == 1
             del results
-            Current.known[who] = {"errors": errors, "repeats": 1 if once else repeats_for(run)}
+            known[who] = {"errors": errors, "repeats": 1 if once else repeats_for(run)}
             if not once:  # a process's first reading of what allocates much is another than all that follow
-                timed(run, Current.known[who]["repeats"])
-        repeats = Current.known[who]["repeats"]
+                timed(run, known[who]["repeats"])
+        elif row.spread:  # other rows have been read since
+            run()
+        repeats = known[who]["repeats"]
         benchmark.group = case.name
         benchmark.extra_info.update(
             suite=suite, case=asdict(case), name=case.name,
-            who=floor_name if who == FLOOR else who, floor=who == FLOOR, scale=scale, **Current.known[who],
+            who=floor_name if who == FLOOR else who, floor=who == FLOOR, scale=scale, **known[who],
         )  # fmt: skip
 
         benchmark.pedantic(timed, args=(run, repeats), rounds=1, iterations=1)

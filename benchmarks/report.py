@@ -39,7 +39,7 @@ TITLES = {
 
 
 def condensed(processes: list[dict], command: str) -> dict:
-    """The report of pytest-benchmark's own JSON, of each process; the first has errors, memory, and all that others lack."""
+    """The report of pytest-benchmark's own JSON, of each process. Of a case that several have, the first one has the errors."""
     cases: dict[tuple[str, str], dict] = {}
     for reading in (reading for process in processes for reading in process["benchmarks"]):
         info = reading["extra_info"]
@@ -60,8 +60,12 @@ def condensed(processes: list[dict], command: str) -> dict:
         }
         for (suite, name), row in cases.items()
     ]  # fmt: skip
-    first = processes[0]
-    return finished(command, first["machine_info"], rows, first["memory"], first["unavailable"])
+    memory = [reading for process in processes for reading in process["memory"]]
+    unavailable: dict[str, dict] = defaultdict(dict)
+    for process in processes:
+        for case, whys in process["unavailable"].items():
+            unavailable[case] |= whys
+    return finished(command, processes[0]["machine_info"], rows, memory, unavailable)
 
 
 def memory_reading(case: Case, who: str) -> dict:
@@ -132,7 +136,8 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         f"`{report['command']}`: {machine['threads']} threads of {machine['cores']} cores, {machine['instruction_set']}, "
         f"{machine['clock_mhz'] or 'unknown'} MHz, load {machine['load_1min']} at the end. {versions}.",
         "",
-        "Times are medians over interleaved rounds, ratios medians of ratios within a round. Errors are against fp64: the worst "
+        "Times are medians over interleaved rounds, which where a call takes milliseconds are spread over the whole run and several "
+        "processes; ratios are medians of ratios within a round. Errors are against fp64: the worst "
         "output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
         "bold.",
         *_allocation(machine.get("keeps_memory")),

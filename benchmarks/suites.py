@@ -18,24 +18,25 @@ class Row:
     case: Case | StepCase
     who: tuple[str, ...] | None = None
     rounds: int | None = None  # where the suite's own number would take too long
-    apart: bool = False  # each round in a process of its own
+    spread: bool = False  # its rounds are spread over the whole run, two in each process
 
 
 SLOW = 3  # rounds where a reading takes seconds
-# Where a reading takes milliseconds, it depends on where in memory and caches a process happens to lie, for as long as that lives:
-# more rounds of one process tell the same again, and another process something else.
-PROCESSES = 4
+# Where a reading takes milliseconds, it depends on where in memory and caches a process lies, for as long as that lives, and on where
+# the machine's host happens to run its cores, for seconds or minutes: rounds that follow one another tell the same again.
+PROCESSES, VISITS = 3, 2
 NO_PEERS = (OURS, f"{OURS} recompute")
 SIX = (OURS, f"{OURS} recompute", "eager", "torch.compile", "TRL", "Liger DPO")
 
 
 def cpu(long: bool) -> dict[str, list[Row]]:
+    # larger than any cache, of which a shared machine's others leave now more and now less
     logits = [
-        Row(Case("logits", 512, v, dtype=dtype, backward=backward), apart=v == 32768, rounds=SLOW if v > 32768 else None)
-        for v in (32768, 151936) for dtype in (FP32, BF16) for backward in (False, True)
+        Row(Case("logits", n, v, dtype=dtype, backward=backward), spread=True)
+        for n, v in ((2048, 32768), (512, 151936)) for dtype in (FP32, BF16) for backward in (False, True)
     ]  # fmt: skip
     logits += [
-        Row(Case("logits", 512, 32768, dtype=dtype, entropy=False, peaked=True), apart=True) for dtype in (FP32, BF16)
+        Row(Case("logits", 2048, 32768, dtype=dtype, entropy=False, peaked=True), spread=True) for dtype in (FP32, BF16)
     ]
     hidden = [Row(Case("hidden", 512, 32768, 1024, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
     hidden += [
@@ -63,7 +64,7 @@ def cpu(long: bool) -> dict[str, list[Row]]:
             for dtype in (FP32, BF16) for trained in (True, False) if trained or n < 16384
         ]  # fmt: skip
     step = [Row(StepCase(), (OURS, "eager"), SLOW)]
-    scaling = [Row(case, (OURS, "eager", "TRL"), apart=True) for case in SCALED]
+    scaling = [Row(case, (OURS, "eager", "TRL"), spread=True) for case in SCALED]
     return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair, "step": step, "scaling": scaling}
 
 

@@ -113,13 +113,16 @@ def test_rounds_of_several_processes_make_one_row():
             }
             for name, (seconds, found) in who.items()
         ]
-        return {"benchmarks": readings, "machine_info": report.machine("cpu"), "memory": [factor], "unavailable": {}}
+        lacks = {"n": {"QuACK": "needs a GPU"}} if errors else {"n": {}}
+        return {"benchmarks": readings, "machine_info": report.machine("cpu"), "memory": [factor], "unavailable": lacks}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "finished", lambda command, machine, rows, memory, unavailable: (rows, memory))
-        (row,), memory = report.condensed([process(1.0, {"value": 1e-6}), process(5.0, {}), process(7.0, {})], "")
+        patch.setattr(report, "finished", lambda command, machine, rows, *others: (rows, *others))
+        (row,), memory, lacking = report.condensed(
+            [process(1.0, {"value": 1e-6}), process(5.0, {}), process(7.0, {})], ""
+        )
     floor, ours = row["who"]
-    assert row["rounds"] == 3 and memory == [1.0]
+    assert row["rounds"] == 3 and memory == [1.0, 5.0, 7.0] and lacking == {"n": {"QuACK": "needs a GPU"}}
     assert floor["ms"] == pytest.approx(500) and ours["ms"] == pytest.approx(1500)
     assert ours["times_floor"] == pytest.approx(1.5) and ours["errors"] == {"value": 1e-6}
 
@@ -143,21 +146,31 @@ def test_a_failed_reading_costs_no_other(monkeypatch, tmp_path):
 
 
 def test_which_process_takes_which_readings():
-    """Each of those that share the rounds takes its own of the short ones; what takes long is the first's alone."""
-    shared = sum(row.apart for rows in suites.cpu(long=False).values() for row in rows)
-    assert shared >= 10
+    """All take rounds of their own of the short ones, at the beginning and in the middle; each of the others has one process."""
+    spread = [row for rows in suites.cpu(long=False).values() for row in rows if row.spread]
+    assert len(spread) >= 10
 
     def ids(process):
         command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "--device", "cpu",
                    f"--process={process}"]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:]
         return [line.split("[", 1)[1] for line in done.stdout.splitlines() if "::test_time[" in line]
 
-    first, second = ids(0), ids(1)
-    assert any("pair: 2 x 512" in name for name in first) and not any("pair: 2 x 512" in name for name in second)
-    assert all("round 1" in name for name in second) and len(second) >= 3 * shared
-    assert not {name for name in first if "scaling" in name} & set(second)
+    found = [ids(process) for process in range(suites.PROCESSES)]
+    assert ids(suites.PROCESSES) == ["NOTSET]"]  # pytest's for nothing
+    every = [name for names in found for name in names]
+    assert len(every) == len(set(every))
+    for row in spread:
+        for number, names in enumerate(found):
+            at = [i for i, name in enumerate(names) if f": {row.case.name}: floor, round " in name]
+            rounds = [int(names[i].rsplit(" ", 1)[1].rstrip("]")) for i in at]
+            assert rounds == [*range(number * suites.VISITS, (number + 1) * suites.VISITS)]
+            between = names[at[0] : at[1]]
+            assert any(name.startswith(("hidden", "nll", "pair")) for name in between)
+    compact = [row for rows in suites.cpu(long=False).values() for row in rows if not row.spread]
+    for row in compact:
+        owners = [number for number, names in enumerate(found) if any(f": {row.case.name}: floor" in x for x in names)]
+        assert len(owners) == 1
 
 
 def test_memory_measures_a_known_allocation_and_the_phases():
