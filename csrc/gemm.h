@@ -1,5 +1,6 @@
 // out [m, n] fp32 = or += A [m, k] @ B [k, n], both bf16 or both fp32, each with rows or columns contiguous. Strides are in
-// elements.
+// elements. Of bf16 operands, the result may go elsewhere: factor times it, rounded to bf16, into `narrow`. What `out` then
+// holds afterwards is not defined.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,9 @@ struct GemmArgs {
   bool b_transposed;  // b holds [n, k]
   bool accumulate;
   int threads;
+  void* narrow = nullptr;
+  int64_t narrow_stride = 0;
+  float factor = 1;
 };
 
 bool is_amd();                    // the processor that runs

@@ -132,6 +132,28 @@ def test_a_bf16_gradient_is_its_fp32_sum_rounded_once(dtype, monkeypatch):
     gemm.add_product(exact, gradient, weight, first=True, scratch=None)
     for elements in (1 << 22, 45 * 10):
         monkeypatch.setattr(gemm, "PRODUCT_ELEMENTS", elements)
-        total = torch.full((37, 45), torch.nan, dtype=dtype)
-        gemm.add_product(total, gradient, weight, first=True, scratch=gemm.Scratch(total.device))
+        total, scratch = torch.full((37, 45), torch.nan, dtype=dtype), gemm.Scratch(torch.device("cpu"))
+        gemm.add_product(total, gradient, weight, first=True, scratch=scratch)
         assert torch.equal(total, exact.to(dtype))
+        gemm.add_product(total, gradient, weight, first=False, scratch=scratch)
+        assert (total - 2 * exact).abs().max() <= exact.abs().max() / 64
+
+
+@pytest.mark.parametrize("dtype", OPERANDS[:1])
+@pytest.mark.parametrize("m, n, k", [(37, 45, 301), (500, 33, 5000), (33, 500, 5000), (1, 1, 1), (13, 33, 0)])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_last_product_scales_and_rounds_the_sum(m, n, k, first, dtype):
+    left, right = stored(k, m, 3, dtype).t(), stored(k, n, 3, dtype)
+    total, factor = torch.randn(m, n), torch.tensor(-0.37)
+    exact = gemm._compiled_product(left, right, total.clone(), accumulate=not first)
+    memory = torch.full((m, n + 7), CANARY, dtype=dtype)
+    gemm.add_last_product(total, left, right, first, factor, out=memory[:, 3 : 3 + n])
+    assert torch.equal(memory[:, 3 : 3 + n], (exact * factor).to(dtype))
+    assert (memory[:, :3] == CANARY).all() and (memory[:, 3 + n :] == CANARY).all()
+
+
+@pytest.mark.parametrize("dtype", OPERANDS[1:])
+def test_fp32_operands_are_not_rounded(dtype):
+    out = torch.empty(2, 2)
+    with pytest.raises(ValueError, match="bf16"):
+        gemm._compiled_product(torch.ones(2, 2), torch.ones(2, 2), out, False, narrow=out.bfloat16())

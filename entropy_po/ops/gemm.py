@@ -121,9 +121,15 @@ def operand(x: Tensor, name: str, scratch: Scratch) -> Tensor:
     return scratch(name, tuple(x.shape), torch.float32).copy_(x)
 
 
-def _compiled_product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> Tensor:
-    """out (+)= left @ right, rounded nowhere but in fp32. Of an operand, rows or columns are contiguous; of `out`, rows."""
+def _compiled_product(
+    left: Tensor, right: Tensor, out: Tensor, accumulate: bool, narrow: Tensor | None = None, factor: float = 1.0
+) -> Tensor:
+    """out (+)= left @ right, rounded nowhere but in fp32. Of an operand, rows or columns are contiguous; of results, rows.
+
+    With `narrow`, of bf16 operands: factor * (out (+) left @ right), rounded once, goes there, and `out` may hold anything."""
     layout: dict[str, Any] = {}
+    if narrow is not None:
+        layout |= {"narrow": narrow.data_ptr(), "narrow_stride": narrow.stride(0), "factor": factor}
     for name, x in (("a", left), ("b", right)):
         transposed = x.stride(1) != 1
         layout |= {name: x.data_ptr(), f"{name}_transposed": transposed, f"{name}_stride": x.stride(int(transposed))}
@@ -214,6 +220,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
     for rows in slices(0, len(total), max(1, PRODUCT_ELEMENTS // max(total.shape[1], 1))):
         part = total[rows]
         product = scratch("product", tuple(part.shape), torch.float32 if compiled else left.dtype)
+        if rounds_sums(left, right, total.dtype):
+            if not first:
+                product.copy_(part)
+            _compiled_product(left[rows], right, product, accumulate=not first, narrow=part)
+            continue
         if compiled:
             _compiled_product(left[rows], right, product, accumulate=False)
         else:
@@ -222,6 +233,17 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
             part.copy_(product)
         else:
             part += product
+
+
+def rounds_sums(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the product has a result of that dtype, rounded from the fp32 sum."""
+    return dtype == left.dtype == torch.bfloat16 and _is_compiled(left, right)
+
+
+def add_last_product(total: Tensor, left: Tensor, right: Tensor, first: bool, factor: Tensor, out: Tensor) -> None:
+    """out = factor * (total (+) left @ right): what is added last is also scaled and rounded, without a pass of its own over `total`,
+    which may then hold anything."""
+    _compiled_product(left, right, total, accumulate=not first, narrow=out, factor=float(factor))
 
 
 def accumulator_dtype(dtype: torch.dtype, products: int) -> torch.dtype:

@@ -403,7 +403,8 @@ def _three_products(
         # The first long pair needs no sum of its own: nothing else is in dW yet, and it is scaled there.
         if (not sums.vocab.empty or pair_loss.nll_coef) and second is None:
             second = sums.another_vocab()
-        _deferred(tiles, seqs, sums, second, pair_loss, group.start, plan.choice.tile_rows)
+        last = group is plan.groups[-1]
+        _deferred(tiles, seqs, sums, second, pair_loss, group.start, plan.choice.tile_rows, last)
     return tiles.logps, tiles.entropy, sums.finish()
 
 
@@ -430,8 +431,10 @@ def _deferred(
     pair_loss: _PairLoss,
     start: int,
     tile_rows: int,
+    last: bool,
 ) -> None:
-    """One long pair in several tiles: gradients of log pi(w) - log pi(l), scaled when the margin is known.
+    """One long pair in several tiles: gradients of log pi(w) - log pi(l), scaled when the margin is known, which is before the last
+    tile's products. `last`: no other pair follows.
 
     The anchor's weight on the chosen tokens is known, but another: their part of dW is added with it on the way.
     """
@@ -441,23 +444,27 @@ def _deferred(
     anchor = pair_loss.anchors(lengths, start, stop)[0]
     total = sums.vocab if second is None else second
     total.clear()
-    pair = slice(chosen.start, rejected.stop)
+    pair, scalar = slice(chosen.start, rejected.stop), None
+
+    def known() -> Tensor:
+        return pair_loss(seqs.sums(tiles.logps[pair], start, stop), lengths, start, stop)[2][0]
+
     for rows in (chosen, rejected) if pair_loss.nll_coef else (pair,):
         for part in even_slices(rows.start, rows.stop, tile_rows):
             hidden, tile, state = tiles.fold(part)
+            if part.stop == pair.stop:
+                scalar = known()
             g_logp = state.new_ones(part.stop - part.start)
             g_logp[max(chosen.stop - part.start, 0) :] = -1
             gradient = tiles.head.grad_(tile, part, tiles.all_cols, state, g_logp, None)
-            sums.add(part, gradient, hidden, total)
+            sums.add(part, gradient, hidden, total, factor=scalar if second is None else None, last=last)
         if rows is chosen and not total.empty:
             sums.vocab.add_(total, -anchor)
-    scalar = pair_loss(seqs.sums(tiles.logps[pair], start, stop), lengths, start, stop)[2][0]
-    if total.empty:
+    if scalar is None:  # no rows here; over a sequence_group the others have some, and the sum is an exchange
+        known()
         return
-    if total is sums.vocab:
-        total.scale_(scalar)
-    else:
-        sums.vocab.add_(total, scalar)
+    if second is not None:
+        sums.vocab.add_(second, scalar)
     sums.scale_hidden_(chosen, scalar - anchor)
     sums.scale_hidden_(rejected, scalar)
 

@@ -155,6 +155,7 @@ class VocabSums:
     def __init__(self, tiles: RowTiles, weight_dtype: torch.dtype | None, wants_bias: bool):
         head = tiles.head
         self.tiles, self.empty = tiles, True
+        self.rounded: Tensor | None = None  # dW as it will be returned, where the last product has made that
         self.factor: Tensor | None = None  # that the sums are still to be multiplied by
         self.weight = self.bias = None
         if weight_dtype is not None:
@@ -162,21 +163,23 @@ class VocabSums:
         if wants_bias:
             self.bias = head.weight.new_zeros(head.vocab_size, dtype=head.arithmetic)
 
-    def add_product(self, gradient: Tensor, hidden: Operand) -> None:
-        """A tile's gradient [n, V], transposed, times its hidden states [n, D]."""
+    def add_product(self, gradient: Tensor, hidden: Operand, factor: Tensor | None = None, last: bool = False) -> None:
+        """A tile's gradient [n, V], transposed, times its hidden states [n, D]; then all that was added is multiplied by a scalar
+        tensor. `last`: nothing will be added after it."""
         self._multiply()
         if self.weight is not None:
-            right = hidden.beside(gradient)
+            right, head = hidden.beside(gradient), self.tiles.head
             for cols in self.tiles.col_slices():
-                gemm.add_product(self.weight[cols], gradient[:, cols].t(), right, self.empty, self.tiles.head.scratch)
+                total, left = self.weight[cols], gradient[:, cols].t()
+                if last and factor is not None and gemm.rounds_sums(left, right, held_dtype(head.weight.dtype)):
+                    if self.rounded is None:
+                        self.rounded = torch.empty_like(self.weight, dtype=held_dtype(head.weight.dtype))
+                    gemm.add_last_product(total, left, right, self.empty, factor, self.rounded[cols])
+                else:
+                    gemm.add_product(total, left, right, self.empty, head.scratch)
         if self.bias is not None:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
-        self.empty = False
-
-    def scale_(self, factor: Tensor) -> None:
-        """Times a scalar tensor: when the sums are next added to, or else in one pass with `finish`."""
-        self._multiply()
-        self.factor = factor
+        self.empty, self.factor = False, factor
 
     def _multiply(self) -> None:
         if self.factor is not None:
@@ -204,7 +207,8 @@ class VocabSums:
         """(dW, dbias); dW is 0 where nothing was added."""
         if self.weight is not None and self.empty:
             self.weight.zero_()
-        return _times(self.weight, self.factor, weight_dtype), _times(self.bias, self.factor, bias_dtype)
+        grad_weight = _times(self.weight, self.factor, weight_dtype) if self.rounded is None else self.rounded
+        return grad_weight, _times(self.bias, self.factor, bias_dtype)
 
     def _totals(self) -> list[Tensor]:
         return [total for total in (self.weight, self.bias) if total is not None]
@@ -230,13 +234,13 @@ class GradientSums:
     def another_vocab(self) -> VocabSums:
         return VocabSums(self.tiles, self.weight_dtype, self.vocab.bias is not None)
 
-    def add(self, rows: slice, gradient: Tensor, hidden: Operand, vocab: VocabSums) -> None:
-        """The products of one tile: dH of its rows, and its part of dW into `vocab`."""
+    def add(self, rows: slice, gradient: Tensor, hidden: Operand, vocab: VocabSums, **then: Any) -> None:
+        """The products of one tile: dH of its rows, and its part of dW into `vocab`, which is `then` multiplied."""
         if self.hidden is not None:
             for cols in self.tiles.col_slices():
                 weight = self.tiles.head.weight_rows(cols)
                 self.hidden.add_product(rows, gradient[:, cols], weight, cols.start == 0)
-        vocab.add_product(gradient, hidden)
+        vocab.add_product(gradient, hidden, **then)
 
     def scale_hidden_(self, rows: slice, factor: Tensor) -> None:
         """By a scalar tensor."""
