@@ -21,7 +21,7 @@ from benchmarks.step import StepCase, StepProblem
 from entropy_po.bench.implementations import implementations
 from entropy_po.bench.measure import one_line
 from entropy_po.bench.problem import Case, Problem
-from entropy_po.bench.timing import give_back_memory, keep_freed_memory, repeats_for, rotated, timed
+from entropy_po.bench.timing import give_back_memory, keep_freed_memory, repeats_for, rotated, stock_memory, timed
 
 FLOOR, ROUNDS = "floor", 5
 UNAVAILABLE, MEMORY, KEPT = pytest.StashKey[dict](), pytest.StashKey[list](), pytest.StashKey[bool]()
@@ -111,14 +111,17 @@ class Opened:
 _opened: dict[Case | StepCase, Opened] = {}
 
 
-def _open(row: suites.Row) -> Opened:
+def _open(row: suites.Row, freed_is_kept: bool) -> Opened:
     """Rows that are read again later stay in memory; of all others only one is."""
     if row.case not in _opened:
+        if freed_is_kept and not _opened:
+            stock_memory()
         for case, opened in list(_opened.items()):
             opened.problem.__dict__.pop("truth", None)
             if not opened.row.spread:
                 del _opened[case], opened  # gone before the new one is made
-        give_back_memory()
+        if not freed_is_kept:
+            give_back_memory()
         _opened[row.case] = Opened(row, (Problem if isinstance(row.case, Case) else StepProblem)(row.case))
     return _opened[row.case]
 
@@ -134,7 +137,7 @@ def measure(request, benchmark):
         if who in unavailable:
             pytest.skip(unavailable[who])
         torch.set_num_threads(case.threads or threads)
-        opened = _open(row)
+        opened = _open(row, request.config.stash[KEPT])
         problem, known = opened.problem, opened.known
         floor_name, floor, scale = problem.floor
         run = floor if who == FLOOR else partial(problem.run, problem.implementation(who))
@@ -150,7 +153,9 @@ def measure(request, benchmark):
             once = known.get(FLOOR, {}).get("repeats") == 1
             del results
             known[who] = {"errors": errors, "repeats": 1 if once else repeats_for(run)}
-            if known[who]["repeats"] > 1:  # a process's first reading of what allocates much is another than all that follow
+            if (
+                known[who]["repeats"] > 1
+            ):  # a process's first reading of what allocates much is another than all that follow
                 timed(run, known[who]["repeats"])
         elif row.spread:  # other rows have been read since
             run()

@@ -49,13 +49,13 @@ def cpu(long: bool) -> dict[str, list[Row]]:
         Row(Case("hidden", 1024, 49152, 576, BF16, backward=False), rounds=SLOW),
     ]
     nll = [Row(Case("nll", 1024, 32768, 576, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
-    pair = [Row(Case("pair", 1024, 49152, 576, dtype), SIX, SLOW) for dtype in (FP32, BF16)]
+    pair = [Row(Case("pair", 1024, 49152, 576, dtype), SIX) for dtype in (FP32, BF16)]
     pair += [Row(Case("pair", 1024, 49152, 576, dtype, trained=False), (OURS,)) for dtype in (FP32, BF16)]
     pair += [
-        Row(Case("pair", 1024, 151936, 576, dtype, trained), NO_PEERS if trained else (OURS,), SLOW)
+        Row(Case("pair", 1024, 151936, 576, dtype, trained), NO_PEERS if trained else (OURS,))
         for dtype in (FP32, BF16) for trained in (True, False)
     ]  # fmt: skip
-    pair += [Row(Case("pair", 4096, 49152, 576, dtype), NO_PEERS, SLOW) for dtype in (FP32, BF16)]
+    pair += [Row(Case("pair", 4096, 49152, 576, dtype), NO_PEERS) for dtype in (FP32, BF16)]
     if long:
         pair += [
             Row(Case("pair", n, v, d, dtype, trained), NO_PEERS, SLOW if n * d * v < 3e11 else 1)

@@ -328,3 +328,17 @@ def test_freed_memory_is_kept_and_given_back():
     if kept == "False":
         pytest.skip("this C library has no such settings")
     assert int(between) >= 1 << 28 and int(after) < 1 << 26
+
+
+def test_a_stock_of_memory_is_what_calls_take_theirs_from():
+    code = (
+        "import resource, torch; from entropy_po.bench import timing\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "kept = timing.keep_freed_memory(); timing.stock_memory(400 << 20); start = faults()\n"
+        "x = torch.ones(1 << 26); y = torch.ones(1 << 24); print(kept, faults() - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, new = done.stdout.split()
+    if kept == "False":
+        pytest.skip("this C library has no such settings")
+    assert int(new) < 5_000  # of 80,000 pages

@@ -27,6 +27,15 @@ def keep_freed_memory() -> bool:
     return hasattr(_LIBC, "mallopt") and bool(_LIBC.mallopt(M_MMAP_MAX, 0) and _LIBC.mallopt(M_TRIM_THRESHOLD, -1))
 
 
+def stock_memory(num_bytes: int = 8 << 30) -> None:
+    """Have this process hold so much free memory, at most a third of what is free, after `keep_freed_memory`.
+
+    A large block that is freed and asked for again may come from elsewhere, from pages that no call has used yet, if other blocks lie
+    in between: then it costs as much as if nothing had been kept, in some calls and not in others."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    torch.empty(min(num_bytes, free // 3), dtype=torch.uint8).fill_(1)
+
+
 def give_back_memory() -> None:
     """What is free in this process goes back to the system, so that the next case does not start in pieces of the last."""
     if hasattr(_LIBC, "malloc_trim"):
