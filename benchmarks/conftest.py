@@ -153,9 +153,8 @@ def measure(request, benchmark):
             once = known.get(FLOOR, {}).get("repeats") == 1
             del results
             known[who] = {"errors": errors, "repeats": 1 if once else repeats_for(run)}
-            if (
-                known[who]["repeats"] > 1
-            ):  # a process's first reading of what allocates much is another than all that follow
+            # a process's first reading of what allocates much is another than all that follow
+            if known[who]["repeats"] > 1:
                 timed(run, known[who]["repeats"])
         elif row.spread:  # other rows have been read since
             run()

@@ -18,7 +18,7 @@ class Row:
     case: Case | StepCase
     who: tuple[str, ...] | None = None
     rounds: int | None = None  # where the suite's own number would take too long
-    spread: bool = False  # its rounds are spread over the whole run, two in each process
+    spread: bool = False  # its rounds are spread over the whole run, VISITS in each process
 
 
 SLOW = 3  # rounds where a reading takes seconds

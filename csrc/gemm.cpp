@@ -30,8 +30,7 @@ constexpr int64_t kWords = 1024;  // of k per pass over the result; a panel of t
 // Of the shared operand per step, which streams from L3 fast enough; the other is packed again for each.
 constexpr int64_t kSharedBytes = int64_t{4} << 20;
 constexpr int64_t kStripBytes = int64_t{256} << 10;  // of the owned operand, in L2
-constexpr int64_t kStripsPerThread =
-    8;  // or more, however few blocks there are: the others wait for a thread's last one
+constexpr int64_t kStripsPerThread = 8;  // at least, if there are as many blocks: the others wait for its last one
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
