@@ -43,9 +43,6 @@ def pytest_configure(config):
     config.stash[UNAVAILABLE], config.stash[MEMORY] = defaultdict(dict), []
     freed_is_kept = config.getoption("--device") == "cpu" and not config.getoption("--fresh_memory")
     config.stash[KEPT] = freed_is_kept and keep_freed_memory()
-    # every case is compiled for its own shape, as if there were no other
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 999
 
 
 def _suites(config) -> dict[str, list[suites.Row]]:
@@ -114,8 +111,12 @@ _opened: dict[Case | StepCase, Opened] = {}
 def _open(row: suites.Row, freed_is_kept: bool) -> Opened:
     """Rows that are read again later stay in memory; of all others only one is."""
     if row.case not in _opened:
-        if freed_is_kept and not _opened:
-            stock_memory()
+        if not _opened:
+            # every case is compiled for its own shape, as if there were no other
+            torch._dynamo.config.automatic_dynamic_shapes = False
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 999
+            if freed_is_kept:
+                stock_memory()
         for case, opened in list(_opened.items()):
             opened.problem.__dict__.pop("truth", None)
             if not opened.row.spread:

@@ -113,7 +113,7 @@ inline void transpose(__m512i r[16]) {
 }
 
 // Past the caches if it is for all threads: lines that they read two steps ago would first have to be taken from them, which
-// between two L3s takes four times as long as all the rest of packing.
+// between two L3s takes longer than all the rest of packing.
 template <int kLanes, bool kForAll>
 inline void store(uint32_t* to, __m512i words) {
   if constexpr (kLanes == 16 && kForAll) {

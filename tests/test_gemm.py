@@ -21,12 +21,9 @@ OPERANDS = [
 ]
 LAYOUTS = {"NT": (False, True), "TN": (True, False), "NN": (False, False)}  # (a_transposed, b_transposed)
 # (m, n, k): below a block of 12 x 32 and a pair, whole ones, one over; several passes over k; several strips of either
-# operand; more than 4 MiB of the smaller one
+# operand; more than 4 MiB of the smaller one; A with blocks enough for B to be shared although it is the larger
 SIZES = [(1, 1, 1), (5, 7, 3), (11, 31, 2), (12, 32, 64), (13, 33, 65), (3, 500, 4097), (700, 9, 2049), (300, 290, 33)]
-SIZES += [
-    (1100, 1120, 2051),
-    (200, 230, 2051),
-]  # B is shared if A has blocks enough
+SIZES += [(1100, 1120, 2051), (200, 230, 2051)]
 CANARY = 7.25
 
 

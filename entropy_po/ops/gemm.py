@@ -217,22 +217,19 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
         else:
             torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
+    rounded_on_the_way = first and rounds_sums(left, right, total.dtype)
     for rows in slices(0, len(total), max(1, PRODUCT_ELEMENTS // max(total.shape[1], 1))):
         part = total[rows]
         product = scratch("product", tuple(part.shape), torch.float32 if compiled else left.dtype)
-        if rounds_sums(left, right, total.dtype):
-            if not first:
-                product.copy_(part)
-            _compiled_product(left[rows], right, product, accumulate=not first, narrow=part)
-            continue
         if compiled:
-            _compiled_product(left[rows], right, product, accumulate=False)
+            narrow = part if rounded_on_the_way else None
+            _compiled_product(left[rows], right, product, accumulate=False, narrow=narrow)
         else:
             torch.mm(left[rows], right, out=product)
-        if first:
-            part.copy_(product)
-        else:
+        if not first:
             part += product
+        elif not rounded_on_the_way:
+            part.copy_(product)
 
 
 def rounds_sums(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:

@@ -207,8 +207,12 @@ class VocabSums:
         """(dW, dbias); dW is 0 where nothing was added."""
         if self.weight is not None and self.empty:
             self.weight.zero_()
-        grad_weight = _times(self.weight, self.factor, weight_dtype) if self.rounded is None else self.rounded
-        return grad_weight, _times(self.bias, self.factor, bias_dtype)
+        grad_weight, grad_bias = self.rounded, None
+        if self.weight is not None and grad_weight is None:
+            grad_weight = _times(self.weight, self.factor, weight_dtype)
+        if self.bias is not None and bias_dtype is not None:
+            grad_bias = _times(self.bias, self.factor, bias_dtype)
+        return grad_weight, grad_bias
 
     def _totals(self) -> list[Tensor]:
         return [total for total in (self.weight, self.bias) if total is not None]
@@ -234,13 +238,21 @@ class GradientSums:
     def another_vocab(self) -> VocabSums:
         return VocabSums(self.tiles, self.weight_dtype, self.vocab.bias is not None)
 
-    def add(self, rows: slice, gradient: Tensor, hidden: Operand, vocab: VocabSums, **then: Any) -> None:
-        """The products of one tile: dH of its rows, and its part of dW into `vocab`, which is `then` multiplied."""
+    def add(
+        self,
+        rows: slice,
+        gradient: Tensor,
+        hidden: Operand,
+        vocab: VocabSums,
+        factor: Tensor | None = None,
+        last: bool = False,
+    ) -> None:
+        """The products of one tile: dH of its rows, and its part of dW as `vocab.add_product`."""
         if self.hidden is not None:
             for cols in self.tiles.col_slices():
                 weight = self.tiles.head.weight_rows(cols)
                 self.hidden.add_product(rows, gradient[:, cols], weight, cols.start == 0)
-        vocab.add_product(gradient, hidden, **then)
+        vocab.add_product(gradient, hidden, factor, last)
 
     def scale_hidden_(self, rows: slice, factor: Tensor) -> None:
         """By a scalar tensor."""
@@ -278,9 +290,8 @@ def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     again, or is being traced."""
     if type(saved) is not Tensor or _graph_is_kept():
         return (saved * _with_all_digits(factor, saved)).to(dtype)
-    if factor.device.type != "cpu" or factor != 1:  # on a GPU, to look would be to wait
-        saved.mul_(_with_all_digits(factor, saved))
-    return saved.to(dtype)
+    is_one = factor.device.type == "cpu" and factor == 1  # on a GPU, to look would be to wait
+    return _times(saved, None if is_one else factor, dtype)
 
 
 def _with_all_digits(factor: Tensor, x: Tensor) -> Tensor:
@@ -292,16 +303,16 @@ def _with_all_digits(factor: Tensor, x: Tensor) -> Tensor:
     return factor if x.device.type == "cpu" else factor.reshape((1,) * x.ndim)
 
 
-def _times(total: Tensor | None, factor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """A sum times a scalar, in one pass, whatever the dtype of the result is; in its own memory where that is its own."""
-    if total is None or factor is None:
-        return total if total is None else total.to(dtype)
-    factor = _with_all_digits(factor, total)
-    if total.dtype == dtype:
-        return total.mul_(factor)
-    result = torch.empty_like(total, dtype=dtype)
-    for rows in few_rows(total):
-        torch.mul(total[rows], factor, out=result[rows])
+def _times(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x times a scalar tensor (None: 1) in that dtype, in one pass; in x's own memory where that is its dtype."""
+    if factor is None:
+        return x.to(dtype)
+    factor = _with_all_digits(factor, x)
+    if x.dtype == dtype:
+        return x.mul_(factor)
+    result = torch.empty_like(x, dtype=dtype)
+    for rows in few_rows(x):
+        torch.mul(x[rows], factor, out=result[rows])
     return result
 
 
