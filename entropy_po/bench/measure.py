@@ -30,8 +30,8 @@ def summarised(
     """One row from readings in the order of their rounds.
 
     Returns:
-        name, case, floor (whose entry is the bare work itself), rounds, and `who`: per implementation its median `ms`, the
-        `spread` of its readings, `times_floor` and `times_ours` as medians of ratios within a round, and `errors`.
+        name, case, floor (whose entry is the bare work itself), rounds, and `who`: per implementation its `readings_ms`, their
+        median `ms` and `spread`, `times_floor` and `times_ours` as medians of ratios within a round, and `errors`.
     """
     rounds = min(map(len, seconds.values()))
     who = []
@@ -45,7 +45,9 @@ def summarised(
         entry["times_floor"] = ratio(values, seconds[floor][:rounds]) / scale
         if OURS in seconds:
             entry["times_ours"] = ratio(values, seconds[OURS][:rounds])
-        who.append({**entry, "errors": errors.get(implementation, {})})
+        entry["errors"] = errors.get(implementation, {})
+        entry["readings_ms"] = [float(f"{1e3 * value:.5g}") for value in values]
+        who.append(entry)
     who.sort(key=lambda entry: (entry["name"] != floor, not entry["name"].startswith(OURS), entry["ms"]))
     return {"name": name, "case": case, "floor": floor, "rounds": rounds, "who": who}
 
