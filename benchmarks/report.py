@@ -107,7 +107,9 @@ def save(report: dict, folder: Path = RESULTS) -> Path:
     """Writes report.json into <folder>/<device>, and returns that."""
     folder = folder / re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = json.dumps(report, indent=1)
+    readings_in_a_line = re.sub(r"(?<=[\[,])\s+(?=-?\d)|(?<=\d)\s+(?=\])", " ", text)
+    (folder / "report.json").write_text(readings_in_a_line + "\n")
     return folder
 
 

@@ -8,7 +8,7 @@ from benchmarks.step import StepCase
 from entropy_po.bench.implementations import OURS
 from entropy_po.bench.problem import Case
 
-FP32, BF16 = "float32", "bfloat16"
+FP32, BF16, FP16 = "float32", "bfloat16", "float16"
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def cuda(quick: bool) -> dict[str, list[Row]]:
         for path in ("hidden", "nll", "pair")
     )
     hidden += [Row(Case("hidden", *shape, BF16, trained=False, entropy=False, device=device)) for shape in shapes]
+    pair += [Row(Case("pair", *shapes[0], FP16, device=device), (OURS,))]
     if not quick:
         pair += [Row(Case("pair", n, 151936, 4096, BF16, device=device), (OURS,), 3) for n in (32768, 131072)]
     return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair}

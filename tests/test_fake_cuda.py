@@ -1,13 +1,14 @@
 """What torch says of a GPU's matrix products where there is none: its rules for dtypes and shapes, on tensors without data."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from entropy_po.ops import gemm
-from entropy_po.ops.lm_head import Operand
+from entropy_po.ops.lm_head import LmHead
 from entropy_po.types import state_dtype
 
 
@@ -25,20 +26,64 @@ def empty(*shape, dtype):
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
+def scratch(_, shape, dtype):
+    return empty(*shape, dtype=dtype)
+
+
+def operand(n, dtype):
+    made = gemm.Operand(empty(n, 16, dtype=dtype), "", scratch)
+    made.copied = empty(n, 16, dtype=torch.float32)  # to fill it would take the device
+    return made
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("products", [1, 2])
 @pytest.mark.parametrize("first", [True, False])
 def test_torch_has_the_products_of_every_dtype(dtype, products, first):
     with FakeTensorMode():
-        copied = torch.float32 if gemm.operand_copies(dtype, torch.device("cuda")) else dtype
-        hidden, weight = (Operand(empty(n, 16, dtype=dtype), empty(n, 16, dtype=copied)) for n in (4, 7))
+        hidden, weight = operand(4, dtype), operand(7, dtype)
         # rows at a pitch, as the tiles of an odd vocabulary have them
         tile = empty(4, 8, dtype=state_dtype(dtype)).narrow(1, 0, 7)
-        gemm.logits_tile(hidden.multiplied, weight.multiplied, tile, dtype, None)
+        gemm.logits_tile(hidden.for_logits, weight.for_logits, tile, dtype, None)
         gradient = empty(4, 16, dtype=dtype).narrow(1, 0, 7) if dtype == torch.bfloat16 else tile
         for left, right in ((gradient, weight), (gradient.t(), hidden)):
             total = empty(left.shape[0], 16, dtype=gemm.accumulator_dtype(dtype, products))
             with but_for_the_device():
-                gemm.add_product(
-                    total, left, right.beside(gradient), first, lambda _, shape, dtype: empty(*shape, dtype=dtype)
-                )
+                gemm.add_product(total, left, right.beside(gradient), first, scratch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_operands_are_copied_for_gradients_of_fp16_alone(dtype):
+    with FakeTensorMode():
+        weight = operand(7, dtype)
+        assert weight.for_logits is weight.given
+        gradient = empty(4, 7, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+        assert weight.beside(gradient) is (weight.copied if dtype == torch.float16 else weight.given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_gradients_of_fp16_are_multiplied_in_tf32_and_the_users_setting_stays(dtype, setting, monkeypatch):
+    """A tenth of the time of fp32's products there; fp32 operands are multiplied as the user has it."""
+    matmul = torch.backends.cuda.matmul
+    used, product = [], torch.mm
+
+    def mm(*args, **kwargs):
+        used.append(matmul.fp32_precision)
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    before, matmul.fp32_precision = matmul.fp32_precision, setting
+    try:
+        with FakeTensorMode():
+            total, gradient = (empty(4, n, dtype=torch.float32) for n in (16, 7))
+            LmHead.add_product(SimpleNamespace(scratch=scratch), total, gradient, operand(7, dtype), True)
+        assert matmul.fp32_precision == setting
+    finally:
+        matmul.fp32_precision = before
+    assert used == ["tf32" if dtype == torch.float16 else setting]
+
+
+def test_tf32_holds_every_fp16():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).float()
+    assert not (every.view(torch.int32) & 0x1FFF).any()

@@ -4,6 +4,9 @@ A bf16 product would round the logits to 8 bits (error 3e-2 at |z| = 10), which 
 fp32 results; and on a CPU, where torch has no such product, bf16 operands go to the compiled core's on AVX512_BF16, or
 are copied to fp32 tile by tile, which the matrix library then multiplies in its bf16 mode where it has one (AMX).
 
+A gradient tile of fp16 operands stays in fp32, for a gradient of 1e-8 is 0 in fp16. It is multiplied with fp32 copies of them, on
+NVIDIA's GPUs in TF32: that holds fp16 exactly, has fp32's range, and runs at half the rate of fp16, not at a tenth as fp32 does.
+
 fp32 products are the matrix library's, but for processors that it has no code of its own for: MKL, which torch's builds for
 x86-64 bring, runs 256-bit code on AMD's AVX-512, and the compiled core's takes less time there (`benchmarks/gemm.py`).
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -25,6 +28,10 @@ from entropy_po.tiles import DTYPES, bf16_overlay, compiled_core
 from entropy_po.types import state_dtype
 
 _precision_lock = threading.Lock()
+_EXACT_MODES: dict[tuple[str, torch.dtype], tuple[Any, str]] = {
+    ("cpu", torch.bfloat16): (torch.backends.mkldnn.matmul, "bf16"),  # type: ignore[attr-defined]  # set when torch is imported
+    ("cuda", torch.float16): (torch.backends.cuda.matmul, "tf32"),
+}
 
 # Of the one product that deterministic mode makes logits from: large enough to run at the library's full rate, small enough
 # to lie beside the budget, 12 MiB at D = 8192.
@@ -33,16 +40,17 @@ PRODUCT_ELEMENTS = 1 << 22  # of a product at a time that is not made in its pla
 
 
 @contextmanager
-def _bf16_matrix_unit(wanted: bool) -> Iterator[None]:
-    """Multiply fp32 tiles in bf16, exactly what copies of bf16 operands hold. The setting is the process's, so it is held
-    for one product under a lock, and other dtypes leave the user's own choice alone."""
-    if not wanted:
+def matrix_unit(dtype: torch.dtype, multiplied: Tensor) -> Iterator[None]:
+    """Multiply fp32 copies of operands of that dtype in the mode of fewer digits that holds them exactly, where the device has one.
+    The setting is the process's, so it is held for one product under a lock, and others leave the user's own choice alone."""
+    mode = _EXACT_MODES.get((multiplied.device.type, dtype)) if multiplied.dtype == torch.float32 else None
+    if mode is None:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set when torch is imported
+    matmul, precision = mode
     with _precision_lock:
         before = matmul.fp32_precision
-        matmul.fp32_precision = "bf16"
+        matmul.fp32_precision = precision
         try:
             yield
         finally:
@@ -79,9 +87,9 @@ def _is_compiled(left: Tensor, right: Tensor) -> bool:
 
 
 def operand_copies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether tiles of the operands are copied to fp32 before the product."""
+    """Whether some product takes fp32 copies of its operands."""
     if dtype == torch.float16:
-        return True  # a gradient of 1e-8 is 0 in fp16
+        return True
     return dtype == torch.bfloat16 and device.type == "cpu" and not compiled_bf16()
 
 
@@ -114,11 +122,26 @@ class Scratch:
         return torch.empty(size, dtype=dtype, device=self.device)
 
 
-def operand(x: Tensor, name: str, scratch: Scratch) -> Tensor:
-    """`x` [rows, D] as `logits_tile` takes it."""
-    if not operand_copies(x.dtype, x.device):
-        return x
-    return scratch(name, tuple(x.shape), torch.float32).copy_(x)
+class Operand:
+    """Rows [n, D] of hidden states or weight: as they were given, and the copy in fp32 that some products take."""
+
+    def __init__(self, given: Tensor, name: str, scratch: Scratch):
+        self.given, self._name, self._scratch = given, name, scratch
+
+    @cached_property
+    def copied(self) -> Tensor:
+        """Made when it is first asked for, in memory that the name's next copy is made in."""
+        return self._scratch(self._name, tuple(self.given.shape), torch.float32).copy_(self.given)
+
+    @property
+    def for_logits(self) -> Tensor:
+        """As `logits_tile` takes it: only a CPU has no product of narrow operands with a result in fp32."""
+        on_cpu = self.given.device.type == "cpu"
+        return self.copied if on_cpu and operand_copies(self.given.dtype, self.given.device) else self.given
+
+    def beside(self, gradient: Tensor) -> Tensor:
+        """As a product with a gradient tile takes it."""
+        return self.given if self.given.dtype == gradient.dtype else self.copied
 
 
 def _compiled_product(
@@ -148,7 +171,7 @@ def _compiled_product(
 
 
 def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """hidden [n, D] @ weight [v, D].T into `out` [n, v], fp32 (fp64 for fp64). Operands come from `operand`.
+    """hidden [n, D] @ weight [v, D].T into `out` [n, v], fp32 (fp64 for fp64). Operands are as `for_logits` has them.
 
     Under torch.use_deterministic_algorithms a row of `out` has the same bits on a CPU whatever n is and wherever it stands.
     """
@@ -158,7 +181,7 @@ def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.
     copied_bf16 = model_dtype == torch.bfloat16 and hidden.dtype == torch.float32
     if not copied_bf16 and _is_compiled(hidden, weight):  # its order of sums depends on D alone
         return _compiled_product(hidden, weight.t(), out, accumulate=False)
-    with _bf16_matrix_unit(copied_bf16):
+    with matrix_unit(model_dtype, hidden):
         if torch.are_deterministic_algorithms_enabled():
             return _product_in_blocks(hidden, weight, out, scratch)
         return torch.mm(hidden, weight.t(), out=out)

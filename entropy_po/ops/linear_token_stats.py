@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from entropy_po.ops import checks, gemm, parallel, schema, sequences
-from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
+from entropy_po.ops.gemm import Operand
+from entropy_po.ops.lm_head import HiddenSum, LmHead
 from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE, TilePlan, plan_tiles
 from entropy_po.types import Level, OutputName, TokenStats, state_memory
 
@@ -192,7 +193,7 @@ def gradients(
             whole = plan.one_row_tile and gradient.dtype == weight.dtype
             shape = (cols.stop - cols.start, head.dim)
             total = grad_weight[cols] if whole else head.scratch("dW", shape, head.arithmetic)
-            gemm.add_product(total, gradient.t(), hidden_rows.beside(gradient), rows.start == 0, head.scratch)
+            head.add_product(total, gradient.t(), hidden_rows, rows.start == 0)
             if not whole and rows.stop == n:
                 grad_weight[cols] = total
         if grad_bias is not None:
@@ -237,7 +238,7 @@ def fold_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Hidde
                 head.hidden.is_cuda or not torch.equal(before, part[0])
             ):  # on a GPU, to look would be to wait
                 total *= _moved(before, part[0])[:, None]
-            gemm.add_product(total, gradient, weight.beside(gradient), cols.start == 0, head.scratch)
+            head.add_product(total, gradient, weight, cols.start == 0)
         if not head.vocab_size:  # an empty shard
             total.zero_()
         own_m = part[0].clone()

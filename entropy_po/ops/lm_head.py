@@ -6,26 +6,15 @@ The operators above are loops over this: which tiles, in which order, with which
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from entropy_po import tiles
 from entropy_po.ops import checks, gemm, schema
+from entropy_po.ops.gemm import Operand
 from entropy_po.plan import slices
 from entropy_po.types import Level, TokenStats, Transform, new_state, state_dtype, state_memory
-
-
-class Operand(NamedTuple):
-    """Rows of hidden states or weight: as they were given, and as the logits' product takes them."""
-
-    given: Tensor
-    multiplied: Tensor
-
-    def beside(self, gradient: Tensor) -> Tensor:
-        """The one to multiply a gradient tile with."""
-        return self.given if self.given.dtype == gradient.dtype else self.multiplied
 
 
 class LmHead:
@@ -71,15 +60,14 @@ class LmHead:
 
     def hidden_rows(self, rows: slice) -> Operand:
         hidden = self.hidden[rows] if self.kept is None else self.hidden[self.kept[rows]]
-        return Operand(hidden, gemm.operand(hidden, "hidden", self.scratch))
+        return Operand(hidden, "hidden", self.scratch)
 
     def weight_rows(self, cols: slice) -> Operand:
-        weight = self.weight[cols]
-        return Operand(weight, gemm.operand(weight, "weight", self.scratch))
+        return Operand(self.weight[cols], "weight", self.scratch)
 
     def logits(self, hidden: Operand, weight: Operand, out: Tensor) -> Tensor:
         """The tile of raw logits, fp32 whatever the operands are, ready to be folded or overwritten by its gradient."""
-        return gemm.logits_tile(hidden.multiplied, weight.multiplied, out, self.hidden.dtype, self.scratch)
+        return gemm.logits_tile(hidden.for_logits, weight.for_logits, out, self.hidden.dtype, self.scratch)
 
     def tile(self, num_rows: int, num_cols: int) -> Tensor:
         """Memory for logits. Rows begin at a multiple of 64 bytes, of 32 as bf16: from anywhere, matrix products are slower."""
@@ -167,6 +155,12 @@ class LmHead:
         )
         return gradient
 
+    def add_product(self, total: Tensor, gradient: Tensor, operand: Operand, first: bool) -> None:
+        """total (+)= gradient @ operand, as `gemm.add_product`."""
+        right = operand.beside(gradient)
+        with gemm.matrix_unit(operand.given.dtype, right):
+            gemm.add_product(total, gradient, right, first, self.scratch)
+
     # ---- between the kept rows and all rows ----
 
     def gather(self, per_row: Tensor | None) -> Tensor | None:
@@ -197,7 +191,7 @@ class HiddenSum:
             self.rows.zero_()
 
     def add_product(self, rows: slice, gradient: Tensor, weight: Operand, first: bool) -> None:
-        gemm.add_product(self.rows[rows], gradient, weight.beside(gradient), first, self.head.scratch)
+        self.head.add_product(self.rows[rows], gradient, weight, first)
 
     def finish(self) -> Tensor:
         """The result, every row in its place and 0 where the label is ignored."""

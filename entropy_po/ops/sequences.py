@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from entropy_po.ops import gemm
-from entropy_po.ops.lm_head import HiddenSum, LmHead, Operand
+from entropy_po.ops.gemm import Operand
+from entropy_po.ops.lm_head import HiddenSum, LmHead
 from entropy_po.ops.parallel import Ranks
 from entropy_po.plan import (
     CUDA_WORKSPACE_SHARE,
@@ -176,7 +177,7 @@ class VocabSums:
                         self.rounded = torch.empty_like(self.weight, dtype=held_dtype(head.weight.dtype))
                     gemm.add_last_product(total, left, right, self.empty, factor, self.rounded[cols])
                 else:
-                    gemm.add_product(total, left, right, self.empty, head.scratch)
+                    head.add_product(total, left, hidden, self.empty)
         if self.bias is not None:
             self.bias += gradient.sum(0, dtype=self.bias.dtype)
         self.empty, self.factor = False, factor
