@@ -21,7 +21,16 @@ from benchmarks.step import StepCase, StepProblem
 from entropy_po.bench.implementations import implementations
 from entropy_po.bench.measure import one_line
 from entropy_po.bench.problem import Case, Problem
-from entropy_po.bench.timing import give_back_memory, keep_freed_memory, repeats_for, rotated, stock_memory, timed
+from entropy_po.bench.timing import (
+    give_back_memory,
+    keep_freed_memory,
+    page_faults,
+    repeats_for,
+    rotated,
+    settle,
+    stock_memory,
+    timed,
+)
 
 FLOOR, ROUNDS = "floor", 5
 UNAVAILABLE, MEMORY, KEPT = pytest.StashKey[dict](), pytest.StashKey[list](), pytest.StashKey[bool]()
@@ -110,25 +119,35 @@ _opened: dict[Case | StepCase, Opened] = {}
 
 def _open(row: suites.Row, freed_is_kept: bool) -> Opened:
     """Rows that are read again later stay in memory; of all others only one is."""
-    if row.case not in _opened:
-        if not _opened:
-            # every case is compiled for its own shape, as if there were no other
-            torch._dynamo.config.automatic_dynamic_shapes = False
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 999
-            if freed_is_kept:
-                stock_memory()
-        for case, opened in list(_opened.items()):
+    for case, opened in list(_opened.items()):
+        if case != row.case:
             opened.problem.__dict__.pop("truth", None)
-            if not opened.row.spread:
+            if not opened.row.spread and row.case not in _opened:
                 del _opened[case], opened  # gone before the new one is made
+    if row.case not in _opened:
         if not freed_is_kept:
             give_back_memory()
         _opened[row.case] = Opened(row, (Problem if isinstance(row.case, Case) else StepProblem)(row.case))
     return _opened[row.case]
 
 
+@pytest.fixture(scope="session")
+def prepared(request):
+    """What stays in memory is made first, so that it does not lie in between what calls take and free; and every case is compiled
+    for its own shape, as if there were no other."""
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 999
+    kept = request.config.stash[KEPT]
+    for item in request.session.items:
+        row = item.callspec.params["reading"][1] if "reading" in item.fixturenames else None
+        if row and row.spread:
+            _ = _open(row, kept).problem.floor
+    if kept:
+        stock_memory()
+
+
 @pytest.fixture
-def measure(request, benchmark):
+def measure(request, benchmark, prepared):
     """Take one reading of a suite's case by an implementation."""
     threads = torch.get_num_threads()
 
@@ -158,7 +177,7 @@ def measure(request, benchmark):
             if known[who]["repeats"] > 1:
                 timed(run, known[who]["repeats"])
         elif row.spread:  # other rows have been read since
-            run()
+            settle(run)
         repeats = known[who]["repeats"]
         benchmark.group = case.name
         benchmark.extra_info.update(
@@ -166,7 +185,9 @@ def measure(request, benchmark):
             who=floor_name if who == FLOOR else who, floor=who == FLOOR, scale=scale, **known[who],
         )  # fmt: skip
 
+        before = page_faults()
         benchmark.pedantic(timed, args=(run, repeats), rounds=1, iterations=1)
+        benchmark.extra_info["page_faults"] = page_faults() - before
 
     yield take
     torch.set_num_threads(threads)

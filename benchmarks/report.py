@@ -19,13 +19,13 @@ from entropy_po import describe
 from entropy_po.bench.implementations import OURS
 from entropy_po.bench.measure import one_line, summarised
 from entropy_po.bench.memory import phases
-from entropy_po.bench.problem import Case
-from entropy_po.bench.timing import NOISY
+from entropy_po.bench.problem import COPY, Case
+from entropy_po.bench.timing import FEW_FAULTS, NOISY
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
     "logits": ("Logits path", "Log-probs and entropy of logits that exist. Floor: one read forward; with a gradient, one read "
-               "and one write more, at the rate of a copy of the same tensor."),
+               "and one write more, at the best rate of any copy in the run."),
     "hidden": ("Hidden path", "Log-probs and entropy per token from hidden states and the head's weight; their upstream "
                "gradients come later. Floor: the bare products of a method that holds no logits."),
     "nll": ("Mean negative log-prob", "A loss that is one number, whose gradients can be made in the forward. Floor: three "
@@ -40,8 +40,9 @@ TITLES = {
 
 def condensed(processes: list[dict], command: str) -> dict:
     """The report of pytest-benchmark's own JSON, of each process. Of a case that several have, the first one has the errors."""
+    every = [reading for process in processes for reading in process["benchmarks"]]
     cases: dict[tuple[str, str], dict] = {}
-    for reading in (reading for process in processes for reading in process["benchmarks"]):
+    for reading in every:
         info = reading["extra_info"]
         row = cases.setdefault(
             (info["suite"], info["name"]), {"info": info, "seconds": defaultdict(list), "errors": {}}
@@ -51,11 +52,13 @@ def condensed(processes: list[dict], command: str) -> dict:
         row["errors"].setdefault(info["who"], info["errors"])
         if info["floor"]:
             row["floor"] = info["who"]
+    best_copies = _best_copies(cases)
     rows = [
         {
             "suite": suite,
             **summarised(
-                name, row["info"]["case"], row["floor"], row["info"]["scale"], row["seconds"], row["errors"]
+                name, row["info"]["case"], row["floor"], row["info"]["scale"], row["seconds"], row["errors"],
+                best_copies.get((suite, name)),
             ),
         }
         for (suite, name), row in cases.items()
@@ -65,7 +68,16 @@ def condensed(processes: list[dict], command: str) -> dict:
     for process in processes:
         for case, whys in process["unavailable"].items():
             unavailable[case] |= whys
-    return finished(command, processes[0]["machine_info"], rows, memory, unavailable)
+    of_new_memory = sum(reading["extra_info"]["page_faults"] >= FEW_FAULTS for reading in every)
+    machine = processes[0]["machine_info"] | {"readings": len(every), "of_new_memory": of_new_memory}
+    return finished(command, machine, rows, memory, unavailable)
+
+
+def _best_copies(cases: dict[tuple[str, str], dict]) -> dict[tuple[str, str], float]:
+    """Seconds of the copies of the cases that have them for a floor, at the best rate that any of them had."""
+    moved = {key: Case(**row["info"]["case"]).copied_bytes for key, row in cases.items() if row["floor"] == COPY}
+    rate = max((moved[key] / min(cases[key]["seconds"][COPY]) for key in moved), default=1.0)
+    return {key: num_bytes / rate for key, num_bytes in moved.items()}
 
 
 def memory_reading(case: Case, who: str) -> dict:
@@ -139,10 +151,10 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         f"{machine['clock_mhz'] or 'unknown'} MHz, load {machine['load_1min']} at the end. {versions}.",
         "",
         "Times are medians over interleaved rounds, which where a call takes milliseconds are spread over the whole run and several "
-        "processes; ratios are medians of ratios within a round. Errors are against fp64: the worst "
+        "processes; ratios are medians of ratios within a round, but for those to a copy, which is taken at its best. Errors are against fp64: the worst "
         "output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
         "bold.",
-        *_allocation(machine.get("keeps_memory")),
+        *_allocation(machine),
         *_noise(report),
         *_bars(report["bars"]),
     ]
@@ -160,12 +172,13 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _allocation(kept: bool | None) -> list[str]:
-    if kept is None:  # a GPU's allocator keeps memory by itself
+def _allocation(machine: dict) -> list[str]:
+    if "keeps_memory" not in machine:  # a GPU's allocator keeps memory by itself
         return []
-    if kept:
+    if machine["keeps_memory"]:
         return ["", "Freed memory stays with the process, as with jemalloc, which torch's tuning guide advises on a CPU. glibc's own settings "
-                "return it, and the system then clears new pages in every call: `--fresh_memory` measures that."]  # fmt: skip
+                "return it, and the system then clears new pages in every call: `--fresh_memory` measures that. "
+                f"Of {machine['readings']} readings here {machine['of_new_memory']} took new pages all the same."]  # fmt: skip
     return ["", "Every call takes its memory from the system, which clears it first, as glibc has it unless told otherwise. Whoever "
             "allocates most then takes longest, and times change with the state of the machine's memory from hour to hour."]  # fmt: skip
 

@@ -100,31 +100,48 @@ def test_a_short_call_is_repeated_until_a_reading_has_length(monkeypatch):
     assert timing.repeats_for(lambda: time.sleep(0.1)) == 1
 
 
-def test_rounds_of_several_processes_make_one_row():
-    """Of the first process are the errors; a round's ratio is of one process."""
+def condensed(*processes):
+    """Of (factor, errors) per process, which ours has and which every time is multiplied with: a pair, whose three products take
+    1 s and ours 3, and logits of two sizes, of which the larger's copy takes 1 s and ours 3, and the smaller's 1 s and ours 1."""
+    pair, small, large = Case("pair", 8, 99, 4), Case("logits", 8, 99), Case("logits", 16, 99)
 
     def process(factor, errors):
-        facts = {"suite": "logits", "name": "n", "case": Case("logits", 8, 99).__dict__, "scale": 2.0, "repeats": 10}
-        who = {"copy": (1.0, {}), OURS: (3.0, errors)}
         readings = [
             {
-                "extra_info": {**facts, "who": name, "floor": name == "copy", "errors": found},
-                "stats": {"data": [seconds * factor]},
+                "extra_info": {"suite": case.path, "name": case.name, "case": case.__dict__, "scale": scale, "repeats": 10,
+                               "page_faults": 5000 if errors else 0, "who": who, "floor": who != OURS,
+                               "errors": errors if who == OURS else {}},
+                "stats": {"data": [10 * seconds * factor]},
             }
-            for name, (seconds, found) in who.items()
-        ]
-        lacks = {"n": {"QuACK": "needs a GPU"}} if errors else {"n": {}}
+            for case, floor, ours, scale in ((pair, "3 bare products", 3.0, 1.0), (small, "copy", 1.0, 0.5), (large, "copy", 3.0, 0.5))
+            for who, seconds in ((floor, 1.0), (OURS, ours))
+        ]  # fmt: skip
+        lacks = {pair.name: {"QuACK": "needs a GPU"} if errors else {}}
         return {"benchmarks": readings, "machine_info": report.machine("cpu"), "memory": [factor], "unavailable": lacks}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "finished", lambda command, machine, rows, *others: (rows, *others))
-        (row,), memory, lacking = report.condensed(
-            [process(1.0, {"value": 1e-6}), process(5.0, {}), process(7.0, {})], ""
-        )
-    floor, ours = row["who"]
-    assert row["rounds"] == 3 and memory == [1.0, 5.0, 7.0] and lacking == {"n": {"QuACK": "needs a GPU"}}
-    assert floor["ms"] == pytest.approx(500) and ours["ms"] == pytest.approx(1500)
-    assert ours["times_floor"] == pytest.approx(1.5) and ours["errors"] == {"value": 1e-6}
+        patch.setattr(report, "finished", lambda command, *found: found)
+        return report.condensed([process(*each) for each in processes], "")
+
+
+def test_rounds_of_several_processes_make_one_row():
+    """Of the first process are the errors; a round's ratio is of one process."""
+    machine, rows, memory, lacking = condensed((1.0, {"value": 1e-6}), (5.0, {}), (7.0, {}))
+    (floor, ours), name = rows[0]["who"], rows[0]["name"]
+    assert rows[0]["rounds"] == 3 and memory == [1.0, 5.0, 7.0] and lacking == {name: {"QuACK": "needs a GPU"}}
+    assert ours["readings_ms"] == [3000, 15000, 21000] and ours["ms"] == 15000 and floor["ms"] == 5000
+    assert ours["times_floor"] == pytest.approx(3) and ours["errors"] == {"value": 1e-6}
+    assert floor["times_ours"] == pytest.approx(1 / 3)
+    assert machine["readings"] == 18 and machine["of_new_memory"] == 6
+
+
+def test_a_copy_is_taken_at_the_best_rate_of_any():
+    """Of all rounds and cases: the larger's in the first process, and the smaller's as if it had that rate."""
+    _, (_, small, large), *_ = condensed((1.0, {}), (5.0, {}), (7.0, {}))
+    for row, best, ours in ((small, 0.5, 5.0), (large, 1.0, 15.0)):
+        copy, found = row["who"]
+        assert copy["name"] == "copy" and copy["ms"] == pytest.approx(5000) and "times_ours" not in copy
+        assert found["times_floor"] == pytest.approx(ours / best / 0.5)
 
 
 def test_a_failed_reading_costs_no_other(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from entropy_po.bench.implementations import OURS, implementations
-from entropy_po.bench.problem import Case, Problem
+from entropy_po.bench.problem import COPY, Case, Problem
 from entropy_po.bench.timing import give_back_memory, ratio, spread, time_interleaved
 
 
@@ -26,14 +26,22 @@ def summarised(
     scale: float,
     seconds: dict[str, list[float]],
     errors: dict[str, dict[str, float]],
+    best_copy: float | None = None,
 ) -> dict:
     """One row from readings in the order of their rounds.
 
+    Args:
+        best_copy: seconds, where the floor is a copy: a bandwidth is told by the best of several, and those of one row may all
+            have found the machine at less. By default the best of the row's own.
+
     Returns:
         name, case, floor (whose entry is the bare work itself), rounds, and `who`: per implementation its `readings_ms`, their
-        median `ms` and `spread`, `times_floor` and `times_ours` as medians of ratios within a round, and `errors`.
+        median `ms` and `spread`, `times_floor` and `times_ours` as medians of ratios within a round (`times_floor` of a copy: of times over the best
+        copy), and `errors`.
     """
     rounds = min(map(len, seconds.values()))
+    if floor == COPY:
+        best_copy = best_copy or min(seconds[floor][:rounds])
     who = []
     for implementation, values in seconds.items():
         values = values[:rounds]
@@ -42,8 +50,9 @@ def summarised(
             "ms": 1e3 * statistics.median(values),
             "spread": spread(values),
         }
-        entry["times_floor"] = ratio(values, seconds[floor][:rounds]) / scale
-        if OURS in seconds:
+        bare = [best_copy] * rounds if best_copy else seconds[floor][:rounds]
+        entry["times_floor"] = ratio(values, bare) / scale
+        if OURS in seconds and implementation != COPY:
             entry["times_ours"] = ratio(values, seconds[OURS][:rounds])
         entry["errors"] = errors.get(implementation, {})
         entry["readings_ms"] = [float(f"{1e3 * value:.5g}") for value in values]

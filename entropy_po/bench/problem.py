@@ -15,6 +15,7 @@ from entropy_po.plan import slices
 
 # DPO without a reference, so that peers without alpha, or with one reference call of their own, compute the same number.
 OBJECTIVE = EntropyObjective.dpo(beta=0.1)
+COPY = "copy"  # the floor's name on the logits path
 FLOOR_BYTES = 4 << 30  # of logits that the bare products may hold at a time
 TRUTH_ROWS = 128  # of logits in fp64 at a time
 TRUTH_FLOPS = 3e12  # above it, gradients are checked on SAMPLED rows of the hidden states only
@@ -74,6 +75,11 @@ class Case:
             return 0
         again = self.path == "hidden" and (self.trained or self.entropy)
         return 1 + self.backward * (1 + self.trained + again)
+
+    @property
+    def copied_bytes(self) -> int:
+        """That a copy of the logits moves."""
+        return 2 * self.n * self.v * getattr(torch, self.dtype).itemsize
 
     @property
     def flops(self) -> float:
@@ -210,7 +216,7 @@ class Problem:
     def _copy(self):
         source = self.tensors[0].detach()
         target = torch.empty_like(source)
-        return "copy", lambda: target.copy_(source), 1.5 if self.case.backward else 0.5
+        return COPY, lambda: target.copy_(source), 1.5 if self.case.backward else 0.5
 
     def _products(self):
         case = self.case

@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 NOISY = 0.25  # a spread above which a few percent are not to be believed
 # A call is repeated until one reading takes this long: on CUDA so that its launch does not count, on a CPU so that an
 # interruption or the state in which the one before left caches and allocator does not.
 READING_SECONDS = {"cuda": 0.02, "cpu": 0.1}
+FEW_FAULTS = 1000  # 4 MiB, of milliseconds
 _LIBC: Any = ctypes.CDLL(None) if os.name == "posix" else None
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -27,7 +33,7 @@ def keep_freed_memory() -> bool:
     return hasattr(_LIBC, "mallopt") and bool(_LIBC.mallopt(M_MMAP_MAX, 0) and _LIBC.mallopt(M_TRIM_THRESHOLD, -1))
 
 
-def stock_memory(num_bytes: int = 8 << 30) -> None:
+def stock_memory(num_bytes: int = 6 << 30) -> None:
     """Have this process hold so much free memory, at most a third of what is free, after `keep_freed_memory`.
 
     A large block that is freed and asked for again may come from elsewhere, from pages that no call has used yet, if other blocks lie
@@ -41,6 +47,20 @@ def give_back_memory() -> None:
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
     torch.cuda.empty_cache()  # nothing where CUDA was not used
+
+
+def page_faults() -> int:
+    """How many pages this process has taken from the system so far; 0 where that is not told."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
+
+
+def settle(run: Callable[[], Any], calls: int = 5) -> None:
+    """Call until a call finds its memory in the process, at most so many times: where large blocks are free depends on what ran before."""
+    for _ in range(calls):
+        before = page_faults()
+        run()
+        if page_faults() - before < FEW_FAULTS:
+            return
 
 
 def timed(run: Callable[[], Any], repeats: int = 1) -> float:
