@@ -142,7 +142,7 @@ def prepared(request):
         row = item.callspec.params["reading"][1] if "reading" in item.fixturenames else None
         if row and row.spread:
             _ = _open(row, kept).problem.floor
-    if kept:
+    if kept and not request.config.getoption("--long"):  # whose largest cases take all that there is
         stock_memory()
 
 

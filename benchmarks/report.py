@@ -215,7 +215,9 @@ def _times(rows: list[dict]) -> list[str]:
             cells = [
                 row["name"] if i == 0 else "",
                 f"*{who['name']}*" if who["name"] == row["floor"] else who["name"],
-                f"{who['ms']:.1f}" + ("~" if who["spread"] > NOISY else ""),
+                f"{who['ms']:.1f}"
+                + ("~" if who["spread"] > NOISY else "")
+                + (f", at best {who['best_ms']:.1f}" if "best_ms" in who else ""),
                 f"{who['times_floor']:.2f}" if "times_floor" in who and who["name"] != row["floor"] else "",
                 _against_ours(who, is_floor=who["name"] == row["floor"]),
                 f"{errors['value']:.1e}" if "value" in errors else "",
@@ -249,7 +251,7 @@ def _memory(rows: list[dict], pictures: dict[str, str]) -> list[str]:
         if "error" in row:
             lines.append(f"| {row['n']} | {who} | {row['error']} | | | |")
             continue
-        cells = [f"{value / 2**20:.0f}" for value in (row["forward"], row["held"], row["backward"], beside(row))]
+        cells = [f"{round(value / 2**20)}" for value in (row["forward"], row["held"], row["backward"], beside(row))]
         lines.append(f"| {row['n']} | {who} | " + " | ".join(cells) + " |")
     return lines
 

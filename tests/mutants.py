@@ -62,6 +62,8 @@ FAULTS = [
     Fault("a bf16 product forgets what it adds to", "csrc/gemm.cpp", "g.accumulate || now.begin > 0", "now.begin > 0", "test_gemm.py"),
     Fault("a product of several passes is rounded after the first", "csrc/gemm.cpp", "now.begin + now.depth == g.k && g.narrow", "g.narrow != nullptr", "test_gemm.py"),
     Fault("what all threads pack begins at the wrong word", "csrc/gemm.cpp", "begin + from * E::kPerWord, deep", "begin + from, deep", "test_gemm.py"),
+    Fault("gradients of fp16 are multiplied in fp32 on a GPU", "entropy_po/ops/gemm.py", ', "tf32")', ', "ieee")', "test_fake_cuda.py"),
+    Fault("operands are copied for the logits on a GPU too", "entropy_po/ops/gemm.py", "self.copied if on_cpu and", "self.copied if", "test_fake_cuda.py"),
     # what is made of the row state
     Fault("sign of t in the entropy", STATE, "(log_s - t / s)", "(log_s + t / s)", WHOLE_FOLD),
     Fault("a shard's t is not moved to the common maximum", STATE, "((t + s * delta) * shrink).sum(0)", "(t * shrink).sum(0)", "test_kernels_cpu.py::test_states_of_shards_merge_into_that_of_the_whole"),

@@ -36,12 +36,13 @@ def summarised(
 
     Returns:
         name, case, floor (whose entry is the bare work itself), rounds, and `who`: per implementation its `readings_ms`, their
-        median `ms` and `spread`, `times_floor` and `times_ours` as medians of ratios within a round (`times_floor` of a copy: of times over the best
-        copy), and `errors`.
+        median `ms` and `spread`, `times_floor` and `times_ours` as medians of ratios within a round, and `errors`. Where the
+        floor is a copy, `times_floor` is over the best one, and its own entry has that one's `best_ms` in the place of `times_ours`.
     """
     rounds = min(map(len, seconds.values()))
+    bare = seconds[floor][:rounds]
     if floor == COPY:
-        best_copy = best_copy or min(seconds[floor][:rounds])
+        bare = [best_copy or min(bare)] * rounds
     who = []
     for implementation, values in seconds.items():
         values = values[:rounds]
@@ -50,9 +51,10 @@ def summarised(
             "ms": 1e3 * statistics.median(values),
             "spread": spread(values),
         }
-        bare = [best_copy] * rounds if best_copy else seconds[floor][:rounds]
         entry["times_floor"] = ratio(values, bare) / scale
-        if OURS in seconds and implementation != COPY:
+        if implementation == COPY:
+            entry["best_ms"] = 1e3 * bare[0]
+        elif OURS in seconds:
             entry["times_ours"] = ratio(values, seconds[OURS][:rounds])
         entry["errors"] = errors.get(implementation, {})
         entry["readings_ms"] = [float(f"{1e3 * value:.5g}") for value in values]
