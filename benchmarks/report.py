@@ -151,8 +151,8 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         f"{machine['clock_mhz'] or 'unknown'} MHz, load {machine['load_1min']} at the end. {versions}.",
         "",
         "Times are medians over interleaved rounds, which where a call takes milliseconds are spread over the whole run and several "
-        "processes; ratios are medians of ratios within a round, but for those to a copy, which is taken at its best. Errors are against fp64: the worst "
-        "output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
+        "processes; ratios are medians of ratios within a round, but for those to a copy, which is taken at its best. "
+        "Errors are against fp64: the worst output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
         "bold.",
         *_allocation(machine),
         *_noise(report),

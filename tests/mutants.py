@@ -62,7 +62,7 @@ FAULTS = [
     Fault("a bf16 product forgets what it adds to", "csrc/gemm.cpp", "g.accumulate || now.begin > 0", "now.begin > 0", "test_gemm.py"),
     Fault("a product of several passes is rounded after the first", "csrc/gemm.cpp", "now.begin + now.depth == g.k && g.narrow", "g.narrow != nullptr", "test_gemm.py"),
     Fault("what all threads pack begins at the wrong word", "csrc/gemm.cpp", "begin + from * E::kPerWord, deep", "begin + from, deep", "test_gemm.py"),
-    Fault("gradients of fp16 are multiplied in fp32 on a GPU", "entropy_po/ops/gemm.py", ', "tf32")', ', "ieee")', "test_fake_cuda.py"),
+    Fault("gradients of fp16 are multiplied in fp32 on a GPU", "entropy_po/ops/gemm.py", '"tf32")', '"ieee")', "test_fake_cuda.py"),
     Fault("operands are copied for the logits on a GPU too", "entropy_po/ops/gemm.py", "self.copied if on_cpu and", "self.copied if", "test_fake_cuda.py"),
     # what is made of the row state
     Fault("sign of t in the entropy", STATE, "(log_s - t / s)", "(log_s + t / s)", WHOLE_FOLD),

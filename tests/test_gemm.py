@@ -1,10 +1,13 @@
 """The compiled products of bf16 and fp32 operands with fp32 results, against fp64 of the same operands."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracles import relative_error
 
 from entropy_po.ops import gemm
+from entropy_po.ops.lm_head import LmHead
 from entropy_po.tiles import DTYPES, bf16_overlay, compiled_core
 
 CORE = compiled_core()
@@ -118,6 +121,21 @@ def test_gradients_are_added_in_fp32_and_without_scratch(n, v, d, dtype, monkeyp
         for times in (1, 2):
             gemm.add_product(total, left, right, first=times == 1, scratch=None)
             assert relative_error(total, times * (left.double() @ right.double())) <= 1e-6
+
+
+def test_a_gradient_in_fp32_keeps_its_digits_beside_bf16_operands(monkeypatch):
+    """The matrix library's bf16 mode is for products of two copies of bf16, which are the logits' alone."""
+    monkeypatch.setattr(gemm, "compiled_fp32", lambda: False)
+    matmul, product, used = torch.backends.mkldnn.matmul, torch.mm, []
+    monkeypatch.setattr(
+        torch, "mm", lambda *args, **kwargs: used.append(matmul.fp32_precision) or product(*args, **kwargs)
+    )
+    head = SimpleNamespace(scratch=gemm.Scratch(torch.device("cpu")))
+    weight = gemm.Operand(torch.randn(70, 16).bfloat16(), "weight", head.scratch)
+    total, gradient = torch.empty(9, 16), torch.randn(9, 70)
+    LmHead.add_product(head, total, gradient, weight, True)
+    assert used == [matmul.fp32_precision] and used != ["bf16"]
+    assert relative_error(total, gradient.double() @ weight.given.double()) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", OPERANDS[:1])

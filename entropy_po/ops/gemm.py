@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -28,10 +28,6 @@ from entropy_po.tiles import DTYPES, bf16_overlay, compiled_core
 from entropy_po.types import state_dtype
 
 _precision_lock = threading.Lock()
-_EXACT_MODES: dict[tuple[str, torch.dtype], tuple[Any, str]] = {
-    ("cpu", torch.bfloat16): (torch.backends.mkldnn.matmul, "bf16"),  # type: ignore[attr-defined]  # set when torch is imported
-    ("cuda", torch.float16): (torch.backends.cuda.matmul, "tf32"),
-}
 
 # Of the one product that deterministic mode makes logits from: large enough to run at the library's full rate, small enough
 # to lie beside the budget, 12 MiB at D = 8192.
@@ -40,14 +36,12 @@ PRODUCT_ELEMENTS = 1 << 22  # of a product at a time that is not made in its pla
 
 
 @contextmanager
-def matrix_unit(dtype: torch.dtype, multiplied: Tensor) -> Iterator[None]:
-    """Multiply fp32 copies of operands of that dtype in the mode of fewer digits that holds them exactly, where the device has one.
-    The setting is the process's, so it is held for one product under a lock, and others leave the user's own choice alone."""
-    mode = _EXACT_MODES.get((multiplied.device.type, dtype)) if multiplied.dtype == torch.float32 else None
-    if mode is None:
+def _precision(matmul: Any, precision: str, wanted: bool) -> Iterator[None]:
+    """Multiply fp32 in a mode of fewer digits. The setting is the process's, so it is held for one product under a lock, and where
+    it is not wanted the user's own choice stands."""
+    if not wanted:
         yield
         return
-    matmul, precision = mode
     with _precision_lock:
         before = matmul.fp32_precision
         matmul.fp32_precision = precision
@@ -55,6 +49,12 @@ def matrix_unit(dtype: torch.dtype, multiplied: Tensor) -> Iterator[None]:
             yield
         finally:
             matmul.fp32_precision = before
+
+
+# For products of two copies of bf16 operands, which it holds exactly, on a CPU's matrix unit.
+_in_bf16 = partial(_precision, torch.backends.mkldnn.matmul, "bf16")  # type: ignore[attr-defined]  # set when torch is imported
+# For products of a gradient with a copy of an fp16 operand, which it holds exactly.
+in_tf32 = partial(_precision, torch.backends.cuda.matmul, "tf32")
 
 
 @cache
@@ -181,7 +181,7 @@ def logits_tile(hidden: Tensor, weight: Tensor, out: Tensor, model_dtype: torch.
     copied_bf16 = model_dtype == torch.bfloat16 and hidden.dtype == torch.float32
     if not copied_bf16 and _is_compiled(hidden, weight):  # its order of sums depends on D alone
         return _compiled_product(hidden, weight.t(), out, accumulate=False)
-    with matrix_unit(model_dtype, hidden):
+    with _in_bf16(copied_bf16):
         if torch.are_deterministic_algorithms_enabled():
             return _product_in_blocks(hidden, weight, out, scratch)
         return torch.mm(hidden, weight.t(), out=out)

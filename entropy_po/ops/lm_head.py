@@ -158,7 +158,7 @@ class LmHead:
     def add_product(self, total: Tensor, gradient: Tensor, operand: Operand, first: bool) -> None:
         """total (+)= gradient @ operand, as `gemm.add_product`."""
         right = operand.beside(gradient)
-        with gemm.matrix_unit(operand.given.dtype, right):
+        with gemm.in_tf32(right.is_cuda and operand.given.dtype == torch.float16):
             gemm.add_product(total, gradient, right, first, self.scratch)
 
     # ---- between the kept rows and all rows ----
