@@ -41,7 +41,7 @@ def pytest_addoption(parser):
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     group.addoption("--rounds", type=int, default=99, help="at most so many readings of every implementation")
     group.addoption("--process", type=int, default=0, help="which of those that share the readings")
-    group.addoption("--long", action="store_true", help="also the cases that take minutes a reading")
+    group.addoption("--long", action="store_true", help="on a CPU: the cases that take minutes a reading instead")
     group.addoption(
         "--fresh_memory", action="store_true", help="on a CPU: every call takes its memory from the system; some cases"
     )
@@ -59,7 +59,7 @@ def _suites(config) -> dict[str, list[suites.Row]]:
         return suites.cuda(config.getoption("--quick"))
     if config.getoption("--fresh_memory"):
         return suites.fresh()
-    return suites.cpu(config.getoption("--long"))
+    return suites.long() if config.getoption("--long") else suites.cpu()
 
 
 def pytest_generate_tests(metafunc):
@@ -138,11 +138,11 @@ def prepared(request):
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 999
     kept = request.config.stash[KEPT]
-    for item in request.session.items:
-        row = item.callspec.params["reading"][1] if "reading" in item.fixturenames else None
-        if row and row.spread:
-            _ = _open(row, kept).problem.floor
-    if kept and not request.config.getoption("--long"):  # whose largest cases take all that there is
+    found = (item.callspec.params["reading"] for item in request.session.items if "reading" in item.fixturenames)
+    spread = {row.case: row for _, row, _ in found if row.spread}
+    for row in spread.values():
+        _ = _open(row, kept).problem.floor
+    if kept and spread:  # where readings are short; the longest cases take all that there is
         stock_memory()
 
 

@@ -29,7 +29,7 @@ NO_PEERS = (OURS, f"{OURS} recompute")
 SIX = (OURS, f"{OURS} recompute", "eager", "torch.compile", "TRL", "Liger DPO")
 
 
-def cpu(long: bool) -> dict[str, list[Row]]:
+def cpu() -> dict[str, list[Row]]:
     # larger than any cache, of which a shared machine's others leave now more and now less
     logits = [
         Row(Case("logits", n, v, dtype=dtype, backward=backward), spread=True)
@@ -56,21 +56,24 @@ def cpu(long: bool) -> dict[str, list[Row]]:
         for dtype in (FP32, BF16) for trained in (True, False)
     ]  # fmt: skip
     pair += [Row(Case("pair", 4096, 49152, 576, dtype), NO_PEERS) for dtype in (FP32, BF16)]
-    if long:
-        pair += [
-            Row(Case("pair", n, v, d, dtype, trained), NO_PEERS, SLOW if n * d * v < 3e11 else 1)
-            for n, v, d in ((1024, 49152, 1024), (1024, 151936, 1024), (4096, 151936, 1024), (16384, 49152, 576),
-                            (16384, 151936, 1024))
-            for dtype in (FP32, BF16) for trained in (True, False) if trained or n < 16384
-        ]  # fmt: skip
     step = [Row(StepCase(), (OURS, "eager"), SLOW)]
     scaling = [Row(case, (OURS, "eager", "TRL"), spread=True) for case in SCALED]
     return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair, "step": step, "scaling": scaling}
 
 
+def long() -> dict[str, list[Row]]:
+    """Pairs that take up to minutes a reading on a CPU."""
+    return {"pair": [
+        Row(Case("pair", n, v, d, dtype, trained), NO_PEERS if trained else (OURS,), SLOW if n * d * v < 3e11 else 1)
+        for n, v, d in ((1024, 49152, 1024), (1024, 151936, 1024), (4096, 151936, 1024), (16384, 49152, 576),
+                        (16384, 151936, 1024))
+        for dtype in (FP32, BF16) for trained in (True, False) if trained or n < 16384
+    ]}  # fmt: skip
+
+
 def fresh() -> dict[str, list[Row]]:
     """What the memory of each call weighs most in: plain torch as it comes, on a CPU."""
-    suites = cpu(long=False)
+    suites = cpu()
     return {"logits": [row for row in suites["logits"] if not row.case.backward], "step": suites["step"]}
 
 
@@ -113,6 +116,8 @@ def memory(device: str, long: bool) -> list[tuple[Case, str]]:
     else:
         case, lengths, most = Case("pair", 2, 32768, 64), [1024, 8192, 32768], 8192
     peers = ("eager", "Liger DPO", "TRL", "Liger FLSCE")
+    longest = [(case.but(n=131072), OURS)] if long else []
+    if long and device == "cpu":
+        return longest
     rows = [(case.but(n=n), who) for n in lengths for who in (OURS, *peers[0 if n <= most else 2 :])]
-    rows += [(case.but(n=131072), OURS)] if long else []
-    return rows + [(case.but(path="hidden", n=n), OURS) for n in (1024, 16384)]
+    return rows + longest + [(case.but(path="hidden", n=n), OURS) for n in (1024, 16384)]

@@ -164,7 +164,7 @@ def test_a_failed_reading_costs_no_other(monkeypatch, tmp_path):
 
 def test_which_process_takes_which_readings():
     """All take rounds of their own of the short ones, at the beginning and in the middle; each of the others has one process."""
-    spread = [row for rows in suites.cpu(long=False).values() for row in rows if row.spread]
+    spread = [row for rows in suites.cpu().values() for row in rows if row.spread]
     assert len(spread) >= 10
 
     def ids(process):
@@ -184,7 +184,7 @@ def test_which_process_takes_which_readings():
             assert rounds == [*range(number * suites.VISITS, (number + 1) * suites.VISITS)]
             between = names[at[0] : at[1]]
             assert any(name.startswith(("hidden", "nll", "pair")) for name in between)
-    compact = [row for rows in suites.cpu(long=False).values() for row in rows if not row.spread]
+    compact = [row for rows in suites.cpu().values() for row in rows if not row.spread]
     for row in compact:
         owners = [number for number, names in enumerate(found) if any(f": {row.case.name}: floor" in x for x in names)]
         assert len(owners) == 1
