@@ -114,7 +114,7 @@ def _time(plt, report: dict):
 
 def _memory(plt, report: dict):
     rows = [row for row in report["memory"] if row["path"] == "pair" and "error" not in row]
-    if not rows:
+    if len({row["n"] for row in rows}) < 2:  # no line
         return None
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     ends: dict[tuple[int, int], list[str]] = {}
