@@ -74,7 +74,9 @@ def _log_ticks(axis, values: Iterable[float]) -> None:
     from matplotlib.ticker import NullFormatter
 
     low, high = min(values), max(values)
-    ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low / 1.3 <= t <= high * 1.3]
+    ticks: list[float] = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low / 1.3 <= t <= high * 1.3]
+    if len(ticks) < 3:  # tenths of what lies close together
+        ticks = [t / 10 for t in range(math.floor(10 * low), math.ceil(10 * high) + 1)]
     axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_minor_formatter(NullFormatter())
 
