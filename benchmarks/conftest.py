@@ -177,7 +177,7 @@ def measure(request, benchmark, prepared):
             if known[who]["repeats"] > 1:
                 timed(run, known[who]["repeats"])
         elif row.spread:  # other rows have been read since
-            settle(run)
+            settle(run, calls=5 if request.config.stash[KEPT] else 1)  # fresh memory never settles
         repeats = known[who]["repeats"]
         benchmark.group = case.name
         benchmark.extra_info.update(

@@ -347,12 +347,23 @@ def test_freed_memory_is_kept_and_given_back():
     assert int(between) >= 1 << 28 and int(after) < 1 << 26
 
 
+@pytest.mark.parametrize("new_pages, calls", [([0], 1), ([9000, 50, 0], 2), ([9000] * 9, 3)])
+def test_a_call_settles_once_it_takes_no_new_memory(new_pages, calls, monkeypatch):
+    taken = [0]
+    monkeypatch.setattr(timing, "page_faults", lambda: sum(new_pages[: taken[0]]))
+
+    def run():
+        taken[0] += 1
+
+    timing.settle(run, calls=3)
+    assert taken == [calls]
+
+
 def test_a_stock_of_memory_is_what_calls_take_theirs_from():
     code = (
-        "import resource, torch; from entropy_po.bench import timing\n"
-        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "kept = timing.keep_freed_memory(); timing.stock_memory(400 << 20); start = faults()\n"
-        "x = torch.ones(1 << 26); y = torch.ones(1 << 24); print(kept, faults() - start)"
+        "import torch; from entropy_po.bench import timing\n"
+        "kept = timing.keep_freed_memory(); timing.stock_memory(400 << 20); start = timing.page_faults()\n"
+        "x = torch.ones(1 << 26); y = torch.ones(1 << 24); print(kept, timing.page_faults() - start)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     kept, new = done.stdout.split()

@@ -54,7 +54,7 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
 
 
-def settle(run: Callable[[], Any], calls: int = 5) -> None:
+def settle(run: Callable[[], Any], calls: int) -> None:
     """Call until a call finds its memory in the process, at most so many times: where large blocks are free depends on what ran before."""
     for _ in range(calls):
         before = page_faults()
