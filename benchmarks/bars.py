@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from entropy_po.bench.implementations import OURS
+from entropy_po.bench.implementations import OURS, RECOMPUTE
 from entropy_po.plan import DEFAULT_CPU_SEQUENCE_WORKSPACE, DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE
-
-RECOMPUTE = f"{OURS} recompute"
 
 
 class Bar(NamedTuple):

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from benchmarks.bars import beside
 from benchmarks.suites import AXES
-from entropy_po.bench.implementations import OURS
+from entropy_po.bench.implementations import DEFERRED, OURS, RECOMPUTE, RESIDENT, TORCH
 
 # colours of Okabe and Ito, told apart without colour vision; ours is drawn last and largest
 STYLE = {
     OURS: ("#D55E00", "o"),
-    f"{OURS} recompute": ("#E69F00", "o"),
+    RECOMPUTE: ("#E69F00", "o"),
+    RESIDENT: ("#E69F00", "<"),
+    DEFERRED: ("#E69F00", ">"),
+    TORCH: ("#E69F00", "D"),
     f"{OURS} linear_token_stats": ("#E69F00", "s"),
     "eager": ("#000000", "x"),
     "torch.compile": ("#999999", "P"),

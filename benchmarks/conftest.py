@@ -18,7 +18,6 @@ import torch
 
 from benchmarks import report, suites
 from benchmarks.step import StepCase, StepProblem
-from entropy_po.bench.implementations import implementations
 from entropy_po.bench.measure import one_line
 from entropy_po.bench.problem import Case, Problem
 from entropy_po.bench.timing import (
@@ -75,7 +74,7 @@ def pytest_generate_tests(metafunc):
     readings, ids = [], []
     for suite, row, i in _rounds(_suites(metafunc.config), process):
         if i < option("--rounds"):
-            for who in rotated([FLOOR, *(row.who or implementations(row.case))], i):
+            for who in rotated([FLOOR, *row.names], i):
                 readings.append((suite, row, who))
                 ids.append(f"{suite}: {row.case.name}: {who}, round {i}")
     metafunc.parametrize("reading", readings, ids=ids)

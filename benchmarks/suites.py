@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.step import StepCase
-from entropy_po.bench.implementations import OURS
+from entropy_po.bench.implementations import DEFERRED, OURS, RECOMPUTE, RESIDENT, TORCH, implementations
 from entropy_po.bench.problem import Case
 
 FP32, BF16, FP16 = "float32", "bfloat16", "float16"
@@ -13,32 +13,36 @@ FP32, BF16, FP16 = "float32", "bfloat16", "float16"
 
 @dataclass(frozen=True)
 class Row:
-    """A case, and who takes part: None for everyone."""
+    """A case, and who takes part: None for all `implementations`, with `also` beside them."""
 
     case: Case | StepCase
     who: tuple[str, ...] | None = None
     rounds: int | None = None  # where the suite's own number would take too long
     spread: bool = False  # its rounds are spread over the whole run, VISITS in each process
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.who or (*implementations(self.case), *self.also)
 
 
 SLOW = 3  # rounds where a reading takes seconds
 # Where a reading takes milliseconds, it depends on where in memory and caches a process lies, for as long as that lives, and on where
 # the machine's host happens to run its cores, for seconds or minutes: rounds that follow one another tell the same again.
 PROCESSES, VISITS = 3, 2
-NO_PEERS = (OURS, f"{OURS} recompute")
-SIX = (OURS, f"{OURS} recompute", "eager", "torch.compile", "TRL", "Liger DPO")
+NO_PEERS = (OURS, RECOMPUTE)
 
 
 def cpu() -> dict[str, list[Row]]:
     # larger than any cache, of which a shared machine's others leave now more and now less
     logits = [
-        Row(Case("logits", n, v, dtype=dtype, backward=backward), spread=True)
+        Row(Case("logits", n, v, dtype=dtype, backward=backward), also=(TORCH,) if n == 512 else (), spread=True)
         for n, v in ((2048, 32768), (512, 151936)) for dtype in (FP32, BF16) for backward in (False, True)
     ]  # fmt: skip
     logits += [
         Row(Case("logits", 2048, 32768, dtype=dtype, entropy=False, peaked=True), spread=True) for dtype in (FP32, BF16)
     ]
-    hidden = [Row(Case("hidden", 512, 32768, 1024, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
+    hidden = [Row(Case("hidden", 512, 32768, 1024, dtype), also=(TORCH,), rounds=SLOW) for dtype in (FP32, BF16)]
     hidden += [
         Row(Case("hidden", 512, 32768, 1024, BF16, trained=False), rounds=SLOW),
         *(
@@ -49,10 +53,12 @@ def cpu() -> dict[str, list[Row]]:
         Row(Case("hidden", 1024, 49152, 576, BF16, backward=False), rounds=SLOW),
     ]
     nll = [Row(Case("nll", 1024, 32768, 576, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
-    pair = [Row(Case("pair", 1024, 49152, 576, dtype), SIX) for dtype in (FP32, BF16)]
+    # each case with the strategy that is not chosen there
+    peers = ("eager", "torch.compile", "TRL", "Liger DPO")
+    pair = [Row(Case("pair", 1024, 49152, 576, dtype), (*NO_PEERS, DEFERRED, *peers)) for dtype in (FP32, BF16)]
     pair += [Row(Case("pair", 1024, 49152, 576, dtype, trained=False), (OURS,)) for dtype in (FP32, BF16)]
     pair += [
-        Row(Case("pair", 1024, 151936, 576, dtype, trained), NO_PEERS if trained else (OURS,))
+        Row(Case("pair", 1024, 151936, 576, dtype, trained), (*NO_PEERS, RESIDENT) if trained else (OURS,))
         for dtype in (FP32, BF16) for trained in (True, False)
     ]  # fmt: skip
     pair += [Row(Case("pair", 4096, 49152, 576, dtype), NO_PEERS) for dtype in (FP32, BF16)]
@@ -62,13 +68,17 @@ def cpu() -> dict[str, list[Row]]:
 
 
 def long() -> dict[str, list[Row]]:
-    """Pairs that take up to minutes a reading on a CPU."""
+    """Pairs that take up to minutes a reading on a CPU; the longest of these once."""
     return {"pair": [
-        Row(Case("pair", n, v, d, dtype, trained), NO_PEERS if trained else (OURS,), SLOW if n * d * v < 3e11 else 1)
+        Row(Case("pair", n, v, d, dtype, trained), NO_PEERS if trained else (OURS,), _long_rounds(n * d * v))
         for n, v, d in ((1024, 49152, 1024), (1024, 151936, 1024), (4096, 151936, 1024), (16384, 49152, 576),
                         (16384, 151936, 1024))
         for dtype in (FP32, BF16) for trained in (True, False) if trained or n < 16384
     ]}  # fmt: skip
+
+
+def _long_rounds(size: int) -> int | None:
+    return None if size < 3e11 else SLOW if size < 1e12 else 1
 
 
 def fresh() -> dict[str, list[Row]]:

@@ -188,23 +188,22 @@ PYBIND11_MODULE(_C, m) {
       "gemm",
       [](uintptr_t a, uintptr_t b, uintptr_t out, int dtype, int64_t m, int64_t n, int64_t k, int64_t a_stride,
          int64_t b_stride, int64_t out_stride, bool a_transposed, bool b_transposed, bool accumulate, int threads,
-         uintptr_t narrow, int64_t narrow_stride, float factor) {
+         uintptr_t scaled, int64_t scaled_stride, float factor) {
         const DType element = dtype_from_code(dtype);
         if (!entropy_po::gemm_supported(element)) {
           throw std::runtime_error("this processor cannot run gemm on dtype code " + std::to_string(dtype));
         }
-        if (narrow && element != DType::kBFloat16) throw std::invalid_argument("narrow is for bf16 operands");
         py::gil_scoped_release release;
         const bool done =
             entropy_po::gemm({pointer<const void>(a), pointer<const void>(b), pointer<float>(out), element, m, n, k,
                               a_stride, b_stride, out_stride, a_transposed, b_transposed, accumulate,
-                              threads < 1 ? 1 : threads, pointer<void>(narrow), narrow_stride, factor});
+                              threads < 1 ? 1 : threads, pointer<void>(scaled), scaled_stride, factor});
         if (!done) throw std::bad_alloc();
       },
       py::kw_only(), py::arg("a"), py::arg("b"), py::arg("out"), py::arg("dtype"), py::arg("m"), py::arg("n"),
       py::arg("k"), py::arg("a_stride"), py::arg("b_stride"), py::arg("out_stride"), py::arg("a_transposed"),
-      py::arg("b_transposed"), py::arg("accumulate"), py::arg("threads"), py::arg("narrow") = 0,
-      py::arg("narrow_stride") = 0, py::arg("factor") = 1.0f);
+      py::arg("b_transposed"), py::arg("accumulate"), py::arg("threads"), py::arg("scaled") = 0,
+      py::arg("scaled_stride") = 0, py::arg("factor") = 1.0f);
 
   m.def(
       "cpu_isas",

@@ -75,6 +75,7 @@ struct Float32 {
   static __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
   }
+  static void store(Element* to, __mmask16 mask, __m512 values) { _mm512_mask_storeu_ps(to, mask, values); }
 };
 
 // A as rows of k, or B as columns of k: `size` of them, packed in blocks of `width`.
@@ -198,9 +199,9 @@ void pack_piece(int64_t i, int64_t pieces, const Operand<E>& x, int64_t first, i
   _mm_sfence();
 }
 
-// Of the result, where the operands' own elements go instead.
+// Where the result goes, scaled, as elements of the operands' own kind.
 template <class E>
-struct Narrow {
+struct Scaled {
   typename E::Element* to;
   int64_t stride;
   float factor;
@@ -209,7 +210,7 @@ struct Narrow {
 // out (+)= one block of rows times one panel of columns, of which `rows` and `cols` are the matrix's.
 template <class E>
 void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, float* out, int64_t stride, int64_t rows,
-              int64_t cols, bool accumulate, Narrow<E> narrow) {
+              int64_t cols, bool accumulate, Scaled<E> scaled) {
   // Unrolled throughout, or gcc keeps the sums in memory.
   __m512 sum[kRows][2];
 #pragma GCC unroll 12
@@ -239,14 +240,12 @@ void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, float
       sum[i][0] = _mm512_add_ps(sum[i][0], _mm512_maskz_loadu_ps(mask0, to));
       sum[i][1] = _mm512_add_ps(sum[i][1], _mm512_maskz_loadu_ps(mask1, to + 16));
     }
-    if constexpr (E::kPerWord == 2) {
-      if (narrow.to) {
-        const __m512 factor = _mm512_set1_ps(narrow.factor);
-        auto* const half = narrow.to + i * narrow.stride;
-        E::store(half, mask0, _mm512_mul_ps(sum[i][0], factor));
-        E::store(half + 16, mask1, _mm512_mul_ps(sum[i][1], factor));
-        continue;
-      }
+    if (scaled.to) {
+      const __m512 factor = _mm512_set1_ps(scaled.factor);
+      auto* const row = scaled.to + i * scaled.stride;
+      E::store(row, mask0, _mm512_mul_ps(sum[i][0], factor));
+      E::store(row + 16, mask1, _mm512_mul_ps(sum[i][1], factor));
+      continue;
     }
     _mm512_mask_storeu_ps(to, mask0, sum[i][0]);
     _mm512_mask_storeu_ps(to + 16, mask1, sum[i][1]);
@@ -335,13 +334,13 @@ bool product(const GemmArgs& g) {
         const int64_t rows = std::min((share_a ? now.blocks : count) * kRows, g.m - row);
         const int64_t cols = std::min((share_a ? count : now.blocks) * kCols, g.n - col);
         float* out = g.out + row * g.out_stride + col;
-        const bool is_last = now.begin + now.depth == g.k && g.narrow;
-        Element* half = is_last ? static_cast<Element*>(g.narrow) + row * g.narrow_stride + col : nullptr;
+        const bool is_last = now.begin + now.depth == g.k && g.scaled;
+        Element* last = is_last ? static_cast<Element*>(g.scaled) + row * g.scaled_stride + col : nullptr;
         for (int64_t j = 0; j < cols; j += kCols) {
           for (int64_t i = 0; i < rows; i += kRows) {
-            const Narrow<E> narrow{half ? half + i * g.narrow_stride + j : nullptr, g.narrow_stride, g.factor};
+            const Scaled<E> scaled{last ? last + i * g.scaled_stride + j : nullptr, g.scaled_stride, g.factor};
             multiply<E>(blocks + i * now.pitch, panels + j * now.pitch, now.words, out + i * g.out_stride + j,
-                        g.out_stride, rows - i, cols - j, g.accumulate || now.begin > 0, narrow);
+                        g.out_stride, rows - i, cols - j, g.accumulate || now.begin > 0, scaled);
           }
         }
       }

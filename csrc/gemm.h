@@ -1,6 +1,6 @@
 // out [m, n] fp32 = or += A [m, k] @ B [k, n], both bf16 or both fp32, each with rows or columns contiguous. Strides are in
-// elements. Of bf16 operands, the result may go elsewhere: factor times it, rounded to bf16, into `narrow`. What `out` then
-// holds afterwards is not defined.
+// elements. The result may go elsewhere: factor times it, rounded to the operands' dtype, into `scaled`. What `out` then holds
+// is not defined; of fp32 operands the two may be the same memory.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ struct GemmArgs {
   bool b_transposed;  // b holds [n, k]
   bool accumulate;
   int threads;
-  void* narrow = nullptr;
-  int64_t narrow_stride = 0;
+  void* scaled = nullptr;
+  int64_t scaled_stride = 0;
   float factor = 1;
 };
 

@@ -81,8 +81,8 @@ def gemm(
     b_transposed: bool,
     accumulate: bool,
     threads: int,
-    narrow: int = 0,
-    narrow_stride: int = 0,
+    scaled: int = 0,
+    scaled_stride: int = 0,
     factor: float = 1.0,
 ) -> None: ...
 def cpu_isas() -> list[str]: ...

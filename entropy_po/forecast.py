@@ -113,8 +113,8 @@ def forecast(
     tile_rows = min(plan.tile_rows, n)
     if not trained:
         tile_rows = plan_tiles(
-            n, v, d, element=4, operand_copies=False, workspace_bytes=workspace_bytes, frozen=True
-        ).rows
+            n, v, d, element=4, operand_copies=False, workspace_bytes=workspace_bytes, frozen=True, device_type="cuda"
+        ).rows  # fmt: skip
     tiles = math.ceil(n / max(1, tile_rows))
     products = (3 if trained else 2) + (plan.name == "recompute")
     # an all-reduce is received in 2 (P - 1) parts of P; a gather in P - 1 pieces

@@ -14,7 +14,7 @@ from benchmarks import __main__ as run
 from benchmarks import agreement, bars, charts, report, suites
 from entropy_po.bench import context, timing
 from entropy_po.bench.command import main as bench
-from entropy_po.bench.implementations import OURS, eager_stats, implementations
+from entropy_po.bench.implementations import OURS, eager_stats, implementations, variants
 from entropy_po.bench.measure import measure
 from entropy_po.bench.memory import known_bytes, phases
 from entropy_po.bench.problem import SAMPLED, Case, Problem
@@ -54,6 +54,22 @@ def test_every_implementation_is_exact_or_says_why_not(case):
         assert who["errors"]["gradient"] < 1e-5, who["name"]
         assert who["ms"] > 0 and who["times_floor"] > 0
     assert all(": " in why for why in failed.values())
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_what_is_asked_for_by_name_is_this_library_s_own_and_exact(case):
+    problem, named = Problem(case), variants(case)
+    assert not named.keys() & implementations(case).keys() and all(name.startswith(OURS) for name in named)
+    for name in named:
+        errors = problem.errors(*problem.run(problem.implementation(name)))
+        assert errors["value"] < 1e-4 and errors["gradient"] < 1e-5, name
+
+
+def test_suites_name_what_there_is():
+    for rows in (suites.cpu(), suites.long(), suites.cuda(quick=False)):
+        for row in (row for suite in rows.values() for row in suite if isinstance(row.case, Case)):
+            assert set(row.names) <= implementations(row.case).keys() | variants(row.case).keys(), row
+            assert len(set(row.names)) == len(row.names)
 
 
 def test_a_wrong_result_shows_in_the_errors():

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entropy_po.plan import MIN_TILE_SIDE, _largest, plan_sequences, plan_tiles, tile_bytes
+from entropy_po.plan import (
+    MIN_TILE_SIDE,
+    ROW_BLOCK,
+    _largest,
+    even_size,
+    plan_sequences,
+    plan_tiles,
+    row_slices,
+    tile_bytes,
+)
 
 SIZES = st.one_of(st.integers(0, 70), st.integers(0, 40_000))
 VOCABULARIES = st.one_of(st.integers(1, 70), st.integers(1, 300_000), st.sampled_from([32_768, 50_257, 151_936]))
@@ -73,6 +82,7 @@ TABLE = [
     (4096, 32_768, 576, 1 << 40, 4096, 32_768),
     (0, 100, 4, 1 << 20, 1, 100),  # nothing to do still has a plan
     (1, 151_936, 64, 64 << 20, 1, 75_968),  # one row: columns alone are cut, in two, at a multiple of 64
+    (5000, 32_768, 576, 64 << 20, 2508, 3328),  # two of whole blocks, and not of 2,500 rows
 ]
 
 
@@ -89,6 +99,21 @@ def test_the_least_tile_is_16_by_16():
     assert (plan.rows, plan.cols) == (MIN_TILE_SIDE, MIN_TILE_SIDE)
     with pytest.raises(ValueError, match=f"workspace_bytes={need - 1} holds no tile; give at least {need}"):
         plan_tiles(1000, 1000, 8, element=4, operand_copies=True, workspace_bytes=need - 1)
+
+
+@given(st.integers(1, 100_000), st.integers(1, 3000), st.sampled_from([1, *ROW_BLOCK.values()]))
+def test_even_pieces_are_the_fewest_and_in_whole_blocks_where_those_fit(length, most, block):
+    size = even_size(length, most, block)
+    fewest = math.ceil(length / most)
+    assert size <= most and math.ceil(length / size) <= fewest
+    assert size % block == 0 or size == most
+
+
+def test_tiles_of_rows_are_whole_blocks_of_the_device():
+    """2 x 512 tokens at V 151936, D 1024 in 256 MiB: 86 blocks of 12 rows, where three even tiles would take 87."""
+    assert [part.stop - part.start for part in row_slices(0, 1024, 435, "cpu")] == [348, 348, 328]
+    assert [part.stop - part.start for part in row_slices(100, 1124, 435, "cuda")] == [384, 384, 256]
+    assert list(row_slices(7, 7, 435, "cpu")) == []
 
 
 @given(st.integers(1, 1000), st.integers(0, 1200))

@@ -7,7 +7,7 @@ that error instead of a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,15 +25,16 @@ from entropy_po.types import TokenStats
 Outputs = tuple[Tensor, ...]
 Implementation = Callable[[Problem], Outputs]
 OURS = "entropy_po"
+RECOMPUTE, RESIDENT, DEFERRED, TORCH = (f"{OURS} {name}" for name in ("recompute", "resident", "deferred", "torch"))
 
 
 def implementations(case: Case) -> dict[str, Implementation]:
-    """Everything that is meant for a case, by the name it has in tables; ours first."""
+    """Everything that a user would choose among for a case, by the name it has in tables; ours first."""
     backends: Any = [name for name in available_backends()[torch.device(case.device).type] if name != "torch"]
     found: dict[str, Implementation] = {OURS: _ours}
     found |= {f"{OURS} {name}": _with_backend(name) for name in backends[1:]}
     if case.path == "pair":
-        found |= {f"{OURS} recompute": lambda problem: pair_loss(problem, strategy="recompute")}
+        found[RECOMPUTE] = partial(pair_loss, strategy="recompute")
     if case.path == "nll":
         found |= {f"{OURS} linear_token_stats": lambda problem: problem.combine(*_stats(problem))}
     found |= {"eager": _eager, "torch.compile": _compiled, "TRL": _trl}
@@ -48,6 +49,15 @@ def implementations(case: Case) -> dict[str, Implementation]:
         }
     if case.path == "pair":
         found |= {"Liger DPO": _liger_dpo}
+    return found
+
+
+def variants(case: Case) -> dict[str, Implementation]:
+    """What else this library has, to be asked for by name: the backend that is the others' reference, and strategies of a pair's
+    loss, one of which it chooses by itself."""
+    found: dict[str, Implementation] = {TORCH: _with_backend("torch")}
+    if case.path == "pair":
+        found |= {RESIDENT: partial(pair_loss, strategy="resident"), DEFERRED: partial(pair_loss, strategy="deferred")}
     return found
 
 

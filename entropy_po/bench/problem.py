@@ -117,9 +117,9 @@ class Problem:
     # ---- what is computed
 
     def implementation(self, name: str) -> Callable[[Problem], tuple[Tensor, ...]]:
-        from entropy_po.bench.implementations import implementations
+        from entropy_po.bench.implementations import implementations, variants
 
-        return implementations(self.case)[name]
+        return (implementations(self.case) | variants(self.case))[name]
 
     def combine(self, logps: Tensor, entropy: Tensor | None = None) -> tuple[Tensor, ...]:
         """The case's outputs from per-token log-probs and entropies [N]."""

@@ -145,14 +145,15 @@ class Operand:
 
 
 def _compiled_product(
-    left: Tensor, right: Tensor, out: Tensor, accumulate: bool, narrow: Tensor | None = None, factor: float = 1.0
+    left: Tensor, right: Tensor, out: Tensor, accumulate: bool, scaled: Tensor | None = None, factor: float = 1.0
 ) -> Tensor:
     """out (+)= left @ right, rounded nowhere but in fp32. Of an operand, rows or columns are contiguous; of results, rows.
 
-    With `narrow`, of bf16 operands: factor * (out (+) left @ right), rounded once, goes there, and `out` may hold anything."""
+    With `scaled`: factor * (out (+) left @ right), rounded once to the operands' dtype, goes there, and `out` may hold anything."""
     layout: dict[str, Any] = {}
-    if narrow is not None:
-        layout |= {"narrow": narrow.data_ptr(), "narrow_stride": narrow.stride(0), "factor": factor}
+    if scaled is not None:
+        assert scaled.dtype == left.dtype
+        layout |= {"scaled": scaled.data_ptr(), "scaled_stride": scaled.stride(0), "factor": factor}
     for name, x in (("a", left), ("b", right)):
         transposed = x.stride(1) != 1
         layout |= {name: x.data_ptr(), f"{name}_transposed": transposed, f"{name}_stride": x.stride(int(transposed))}
@@ -240,13 +241,13 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
         else:
             torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
-    rounded_on_the_way = first and rounds_sums(left, right, total.dtype)
+    rounded_on_the_way = first and scales_sums(left, right, total.dtype)
     for rows in slices(0, len(total), max(1, PRODUCT_ELEMENTS // max(total.shape[1], 1))):
         part = total[rows]
         product = scratch("product", tuple(part.shape), torch.float32 if compiled else left.dtype)
         if compiled:
-            narrow = part if rounded_on_the_way else None
-            _compiled_product(left[rows], right, product, accumulate=False, narrow=narrow)
+            rounded = part if rounded_on_the_way else None
+            _compiled_product(left[rows], right, product, accumulate=False, scaled=rounded)
         else:
             torch.mm(left[rows], right, out=product)
         if not first:
@@ -255,15 +256,15 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
             part.copy_(product)
 
 
-def rounds_sums(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the product has a result of that dtype, rounded from the fp32 sum."""
-    return dtype == left.dtype == torch.bfloat16 and _is_compiled(left, right)
+def scales_sums(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the product has a result of that dtype which is the fp32 sum times a factor, rounded once."""
+    return dtype == left.dtype and _is_compiled(left, right)
 
 
 def add_last_product(total: Tensor, left: Tensor, right: Tensor, first: bool, factor: Tensor, out: Tensor) -> None:
     """out = factor * (total (+) left @ right): what is added last is also scaled and rounded, without a pass of its own over `total`,
-    which may then hold anything."""
-    _compiled_product(left, right, total, accumulate=not first, narrow=out, factor=float(factor))
+    which may then hold anything. Of fp32 operands the two may be one tensor."""
+    _compiled_product(left, right, total, accumulate=not first, scaled=out, factor=float(factor))
 
 
 def accumulator_dtype(dtype: torch.dtype, products: int) -> torch.dtype:

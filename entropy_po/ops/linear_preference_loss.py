@@ -20,7 +20,7 @@ from entropy_po.objective import EntropyObjective, PairLoss, check_smoothing
 from entropy_po.ops import checks, linear_token_stats, parallel, schema, sequences
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences, VocabSums
-from entropy_po.plan import Choice, SequencePlan, Strategy, check_strategy, even_slices
+from entropy_po.plan import Choice, SequencePlan, Strategy, check_strategy, row_slices
 from entropy_po.types import IfAsked, state_dtype
 
 if TYPE_CHECKING:
@@ -450,7 +450,7 @@ def _deferred(
         return pair_loss(seqs.sums(tiles.logps[pair], start, stop), lengths, start, stop)[2][0]
 
     for rows in (chosen, rejected) if pair_loss.nll_coef else (pair,):
-        for part in even_slices(rows.start, rows.stop, tile_rows):
+        for part in row_slices(rows.start, rows.stop, tile_rows, tiles.head.hidden.device.type):
             hidden, tile, state = tiles.fold(part)
             if part.stop == pair.stop:
                 scalar = known()

@@ -134,6 +134,7 @@ def _plan(head: LmHead, workspace_bytes: int, frozen: bool = False) -> TilePlan:
         operand_copies=head.operand_copies,
         workspace_bytes=workspace_bytes if head.hidden.is_cuda else min(workspace_bytes, DEFAULT_CPU_WORKSPACE),
         frozen=frozen and not deterministic,
+        device_type=head.hidden.device.type,
     )
     return replace(plan, n=head.num_kept, v=head.vocab_size)
 

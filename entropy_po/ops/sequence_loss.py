@@ -12,7 +12,7 @@ from entropy_po.ops import checks, parallel, schema, sequences
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
-from entropy_po.plan import Choice, SequencePlan, Strategy, slices
+from entropy_po.plan import Choice, SequencePlan, Strategy, row_slices
 from entropy_po.types import IfAsked, OutputName, state_dtype
 
 if TYPE_CHECKING:
@@ -206,7 +206,8 @@ class _Batches:
     def parts(self, plan: SequencePlan) -> Iterator[tuple[slice, slice]]:
         """(rows, sequences) of every tile. Over a sequence_group, the same sequences on all ranks: rows may be none."""
         if not self.coupled:
-            yield from ((rows, slice(0, 0)) for rows in slices(0, self.rows.numel(), max(plan.choice.tile_rows, 1)))
+            parts = row_slices(0, self.rows.numel(), max(plan.choice.tile_rows, 1), self.rows.device.type)
+            yield from ((rows, slice(0, 0)) for rows in parts)
         for group in plan.groups:
             if any(self.seqs.longest_parts[group.start : group.stop]):
                 yield self.seqs.rows(group.start, group.stop), slice(group.start, group.stop)

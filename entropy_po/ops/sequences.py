@@ -156,7 +156,7 @@ class VocabSums:
     def __init__(self, tiles: RowTiles, weight_dtype: torch.dtype | None, wants_bias: bool):
         head = tiles.head
         self.tiles, self.empty = tiles, True
-        self.rounded: Tensor | None = None  # dW as it will be returned, where the last product has made that
+        self.finished: Tensor | None = None  # dW as it will be returned, where the last product has made that
         self.factor: Tensor | None = None  # that the sums are still to be multiplied by
         self.weight = self.bias = None
         if weight_dtype is not None:
@@ -170,12 +170,14 @@ class VocabSums:
         self._multiply()
         if self.weight is not None:
             right, head = hidden.beside(gradient), self.tiles.head
+            dtype = held_dtype(head.weight.dtype)
             for cols in self.tiles.col_slices():
                 total, left = self.weight[cols], gradient[:, cols].t()
-                if last and factor is not None and gemm.rounds_sums(left, right, held_dtype(head.weight.dtype)):
-                    if self.rounded is None:
-                        self.rounded = torch.empty_like(self.weight, dtype=held_dtype(head.weight.dtype))
-                    gemm.add_last_product(total, left, right, self.empty, factor, self.rounded[cols])
+                if last and factor is not None and gemm.scales_sums(left, right, dtype):
+                    if self.finished is None:
+                        same = self.weight.dtype == dtype
+                        self.finished = self.weight if same else torch.empty_like(self.weight, dtype=dtype)
+                    gemm.add_last_product(total, left, right, self.empty, factor, self.finished[cols])
                 else:
                     head.add_product(total, left, hidden, self.empty)
         if self.bias is not None:
@@ -208,7 +210,7 @@ class VocabSums:
         """(dW, dbias); dW is 0 where nothing was added."""
         if self.weight is not None and self.empty:
             self.weight.zero_()
-        grad_weight, grad_bias = self.rounded, None
+        grad_weight, grad_bias = self.finished, None
         if self.weight is not None and grad_weight is None:
             grad_weight = _times(self.weight, self.factor, weight_dtype)
         if self.bias is not None and bias_dtype is not None:

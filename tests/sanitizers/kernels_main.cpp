@@ -282,12 +282,12 @@ void gemm_case() {
   for (int64_t i = 0; i < b.size(); ++i) b[i] = rounded<E>(normal());
   for (int64_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(normal());
   g.a = a.get(), g.b = b.get(), g.out = out.get();
-  const bool narrows = g.dtype == DType::kBFloat16 && maybe(0.3);
-  g.narrow_stride = g.n + pick(0, 3);
-  Guarded<E> narrow(narrows ? extent(g.m, g.n, g.narrow_stride) : 0);
-  for (int64_t i = 0; i < narrow.size(); ++i) narrow[i] = rounded<E>(normal());
-  if (narrows) g.narrow = narrow.get(), g.factor = static_cast<float>(normal());
-  const std::vector<E> narrow_before(narrow.get(), narrow.get() + narrow.size());
+  const bool scales = maybe(0.3);
+  g.scaled_stride = g.n + pick(0, 3);
+  Guarded<E> scaled(scales ? extent(g.m, g.n, g.scaled_stride) : 0);
+  for (int64_t i = 0; i < scaled.size(); ++i) scaled[i] = rounded<E>(normal());
+  if (scales) g.scaled = scaled.get(), g.factor = static_cast<float>(normal());
+  const std::vector<E> scaled_before(scaled.get(), scaled.get() + scaled.size());
   what = "gemm dtype " + std::to_string(static_cast<int>(g.dtype)) + " m " + std::to_string(g.m) + " n " +
          std::to_string(g.n) + " k " + std::to_string(g.k);
   std::vector<float> before(out.get(), out.get() + out.size());
@@ -305,16 +305,16 @@ void gemm_case() {
         const double term = left * value_of(b[g.b_transposed ? j * g.b_stride + k : k * g.b_stride + j]);
         exact += term, size += std::fabs(term);
       }
-      if (narrows) {
-        const double scaled = g.factor * exact, unit = std::fabs(g.factor) * size;
-        close("rounded product", value_of(narrow[i * g.narrow_stride + j]), scaled,
-              std::fabs(scaled) / 256 + 1e-6 * unit + 1e-30);
+      if (scales) {
+        const double whole = g.factor * exact, unit = std::fabs(g.factor) * size;
+        close("scaled product", value_of(scaled[i * g.scaled_stride + j]), whole,
+              std::fabs(whole) * kUnit<E> + 1e-6 * unit + 1e-30);
         continue;
       }
       close("product", out[at], exact, 1e-6 * size + 1e-30);
     }
-    for (int64_t at = i * g.narrow_stride + g.n; at < std::min((i + 1) * g.narrow_stride, narrow.size()); ++at) {
-      if (value_of(narrow[at]) != value_of(narrow_before[at])) fail("between two rounded rows", i, at);
+    for (int64_t at = i * g.scaled_stride + g.n; at < std::min((i + 1) * g.scaled_stride, scaled.size()); ++at) {
+      if (value_of(scaled[at]) != value_of(scaled_before[at])) fail("between two scaled rows", i, at);
     }
   }
 }
