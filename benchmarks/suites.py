@@ -31,6 +31,7 @@ SLOW = 3  # rounds where a reading takes seconds
 # the machine's host happens to run its cores, for seconds or minutes: rounds that follow one another tell the same again.
 PROCESSES, VISITS = 3, 2
 NO_PEERS = (OURS, RECOMPUTE)
+PAIR_PEERS = ("eager", "torch.compile", "TRL", "Liger DPO")
 
 
 def cpu() -> dict[str, list[Row]]:
@@ -54,8 +55,7 @@ def cpu() -> dict[str, list[Row]]:
     ]
     nll = [Row(Case("nll", 1024, 32768, 576, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
     # each case with the strategy that is not chosen there
-    peers = ("eager", "torch.compile", "TRL", "Liger DPO")
-    pair = [Row(Case("pair", 1024, 49152, 576, dtype), (*NO_PEERS, DEFERRED, *peers)) for dtype in (FP32, BF16)]
+    pair = [Row(Case("pair", 1024, 49152, 576, dtype), (*NO_PEERS, DEFERRED, *PAIR_PEERS)) for dtype in (FP32, BF16)]
     pair += [Row(Case("pair", 1024, 49152, 576, dtype, trained=False), (OURS,)) for dtype in (FP32, BF16)]
     pair += [
         Row(Case("pair", 1024, 151936, 576, dtype, trained), (*NO_PEERS, RESIDENT) if trained else (OURS,))
@@ -68,17 +68,19 @@ def cpu() -> dict[str, list[Row]]:
 
 
 def long() -> dict[str, list[Row]]:
-    """Pairs that take up to minutes a reading on a CPU; the longest of these once."""
+    """Pairs that take up to minutes a reading on a CPU; peers where all of their logits are small beside its memory."""
     return {"pair": [
-        Row(Case("pair", n, v, d, dtype, trained), NO_PEERS if trained else (OURS,), _long_rounds(n * d * v))
+        _long_row(Case("pair", n, v, d, dtype, trained))
         for n, v, d in ((1024, 49152, 1024), (1024, 151936, 1024), (4096, 151936, 1024), (16384, 49152, 576),
                         (16384, 151936, 1024))
         for dtype in (FP32, BF16) for trained in (True, False) if trained or n < 16384
     ]}  # fmt: skip
 
 
-def _long_rounds(size: int) -> int | None:
-    return None if size < 3e11 else SLOW if size < 1e12 else 1
+def _long_row(case: Case) -> Row:
+    peers = PAIR_PEERS if case.n * case.v < 3e8 else ()
+    rounds = None if case.flops < 2e12 else SLOW if case.flops < 1e13 else 1
+    return Row(case, (*NO_PEERS, *peers) if case.trained else (OURS,), rounds)
 
 
 def fresh() -> dict[str, list[Row]]:
