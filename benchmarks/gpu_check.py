@@ -1,11 +1,11 @@
 """`make gpu-check`: everything that only a GPU can show, in one command of at most ten minutes and no network.
 
 Builds the package with its CUDA kernels into a folder of its own; then, what matters most first, tests the operators, times
-both backends against their floors and peers (benchmarks.gpu_times), tests the kernels, re-tunes Triton's blocks
-(benchmarks.gpu_tune), and runs the CUDA kernels under compute-sanitizer where it is installed. A stage that fails, or runs
+both backends against their floors and peers (benchmarks.gpu_times), tests the kernels, runs those of CUDA C++ under
+compute-sanitizer where it is installed, and re-tunes Triton's blocks (benchmarks.gpu_tune). A stage that fails, or runs
 out of time, does not keep the next from running; the exit status tells. What there is of the report, the block table and a
-log is in --output_dir after every stage, so that nothing is lost when the whole is cut short. Needs torch, triton, pybind11,
-setuptools and pytest in the Python that runs it; without a CUDA device it says so and exits 0.
+log is in --output_dir after every stage, so that nothing is lost when the whole is cut short. Needs Python 3.11 or newer with
+torch, triton, pybind11, setuptools and pytest; without a CUDA device it says so and exits 0.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE, TABLE, RESULTS = ROOT / "build" / "gpu", ROOT / "kernels" / "blocks.json", ROOT / "benchmarks" / "results"
-# of each stage, the seconds that it may take of what is left
-STAGES = {"build": 200, "operators": 90, "times": 240, "kernels": 90, "tune": 120, "sanitizer": 60}
+# seconds; what a stage leaves goes to those after it
+STAGES = {"build": 140, "operators": 60, "times": 150, "kernels": 75, "sanitizer": 45, "tune": 80}
 TO_FINISH = 15  # seconds, for a stage that is asked to stop to say how far it came
+KERNEL_TESTS = (
+    "tests/test_kernels_cuda.py",
+    "tests/test_kernels_triton.py",
+    "tests/test_parallel_gpu.py",
+)
 
 
 class Stages:
     """Runs stages one after another until the time is up; shows and keeps what they print."""
 
     def __init__(self, seconds: float, log: Path):
-        self.end, self.log = time.monotonic() + seconds, log
+        self.begin = self.due = time.monotonic()  # due: when the stages so far should have ended
+        self.end, self.log = self.begin + seconds, log
         self.results: dict[str, str] = {}
 
     def say(self, text: str) -> None:
@@ -41,9 +47,14 @@ class Stages:
         with self.log.open("a") as log:
             log.write(text + "\n")
 
+    def limit(self, name: str) -> float:
+        """Seconds that a stage begun now may take."""
+        return min(self.due + STAGES[name], self.end - TO_FINISH) - time.monotonic()
+
     def run(self, name: str, command: list[str], **environment: str) -> bool:
         """Whether the stage succeeded. It, and all that it started, is ended where its time is."""
-        limit = min(STAGES[name], self.end - time.monotonic() - TO_FINISH)
+        limit = self.limit(name)
+        self.due += STAGES[name]
         self.say(f"\n== {name}, {limit:.0f} s at most: {' '.join(command)}")
         if limit < TO_FINISH:
             self.results[name] = "not begun: no time left"
@@ -80,7 +91,9 @@ def with_group(process: subprocess.Popen, sent: signal.Signals) -> None:
 
 
 def pytest_command(marks: str, *more: str) -> list[str]:
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", marks, *more]
+    # without the project's own options, some of which are a plugin's
+    command = [sys.executable, "-P", "-m", "pytest", "-o", "addopts=", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-m", marks, *more]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", "6"]
     return command
@@ -106,8 +119,8 @@ def main() -> int:
     # benchmarks/ is no part of the package: a link to it alone, so that the source tree itself stays off the path
     link = ROOT / "build" / "benchmarks" / "benchmarks"
     link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.exists():
-        link.symlink_to(ROOT / "benchmarks", target_is_directory=True)
+    link.unlink(missing_ok=True)  # of a checkout that lay elsewhere
+    link.symlink_to(ROOT / "benchmarks", target_is_directory=True)
     if "CUDA_HOME" not in os.environ and shutil.which("nvcc") is None and Path("/usr/local/cuda/bin/nvcc").exists():
         os.environ["CUDA_HOME"] = "/usr/local/cuda"
     quick = ["--quick"] if arguments.quick else []
@@ -119,16 +132,20 @@ def main() -> int:
             if not stages.run(name, install, ENTROPY_PO_CUDA="1"):
                 stages.say("== the CUDA C++ kernels could not be built: the rest is Triton's alone")
                 shutil.rmtree(SITE, ignore_errors=True)
-                subprocess.run(install, cwd=ROOT, env={**os.environ, "ENTROPY_PO_CUDA": "0"}, check=True)
+                failed = stages.results[name]
+                stages.run(name, install, ENTROPY_PO_CUDA="0")
+                stages.results[name] = f"with CUDA {failed}, without {stages.results[name]}"
         elif name == "operators":
             stages.run(name, pytest_command("gpu", "tests/test_operators_gpu.py"))
         elif name == "times":
-            seconds = ["--seconds", str(STAGES[name] - 2 * TO_FINISH), "--output_dir", str(output_dir)]
+            # the case that is begun last, and the pictures
+            seconds = ["--seconds", str(stages.limit(name) - 2 * TO_FINISH), "--output_dir", str(output_dir)]
             stages.run(name, [sys.executable, "-P", "-m", "benchmarks.gpu_times", *seconds, *quick])
         elif name == "kernels":
-            stages.run(name, pytest_command("gpu and not compiler", "tests", "--ignore=tests/test_operators_gpu.py"))
+            stages.run(name, pytest_command("gpu and not compiler", *KERNEL_TESTS))
         elif name == "tune":
-            stages.run(name, [sys.executable, "-P", "-m", "benchmarks.gpu_tune", *quick])
+            seconds = ["--seconds", str(stages.limit(name) - TO_FINISH)]
+            stages.run(name, [sys.executable, "-P", "-m", "benchmarks.gpu_tune", *seconds, *quick])
             for folder in (output_dir, SITE / "entropy_po" / "kernels"):
                 shutil.copy(TABLE, folder)
         elif (sanitizer := shutil.which("compute-sanitizer")) is None:
@@ -136,7 +153,7 @@ def main() -> int:
         else:
             # it knows an allocation, not what torch's allocator makes of one; and torch itself asks for what fails
             memcheck = [sanitizer, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
-            one = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider",
+            one = [sys.executable, "-P", "-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider",
                    "-k", "everything", "tests/test_kernels_cuda.py"]  # fmt: skip
             stages.run(name, [*memcheck, *one], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     stages.say("\n" + "\n".join(f"{name:10} {found}" for name, found in stages.results.items()))

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import math
+import time
 from functools import partial
 from pathlib import Path
 
@@ -50,10 +51,21 @@ def timed(kernel: str, dtype: torch.dtype, config: LaunchConfig, tiles: list) ->
     return math.exp(sum(map(math.log, costs)) / len(costs))
 
 
+def candidates(kernel: str, dtype: torch.dtype, old: LaunchConfig) -> list[LaunchConfig]:
+    """Those to try, the present one first. Stages mean nothing to a gradient that narrows."""
+    narrows = kernel == "grad" and dtype == torch.float32
+    blocks = [LaunchConfig(x.block_v, x.num_warps, old.num_stages) if narrows else x for x in BLOCKS]
+    return list(dict.fromkeys([old, *blocks]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tune", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one shape")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="of all kernels together, an even share for each"
+    )
     arguments = parser.parse_args()
+    end, left = time.monotonic() + arguments.seconds, 2 * len(DTYPES)
     device = torch.device("cuda", torch.cuda.current_device())
     name, table = architecture(device), json.loads(TABLE.read_text())
     before = table.get(name, table["default"])
@@ -68,10 +80,15 @@ def main() -> None:
             tiles.append((tile, labels, state, torch.full((n,), 1e-3, device=device)))
         for kernel in ("fold", "grad"):
             old = LaunchConfig(*before[kernel][str(dtype.itemsize)])
-            costs = {config: timed(kernel, dtype, config, tiles) for config in {*BLOCKS, old}}
+            found, costs = candidates(kernel, dtype, old), {}
+            share, left = time.monotonic() + (end - time.monotonic()) / left, left - 1
+            for config in found:
+                if not costs or time.monotonic() < share:
+                    costs[config] = timed(kernel, dtype, config, tiles)
             best = min(costs, key=costs.get)
             entry[kernel][str(dtype.itemsize)] = [best.block_v, best.num_warps, best.num_stages]
-            print(f"{name} {kernel} {dtype}: {best}, {costs[old] / costs[best]:.3f} times as fast as {old}", flush=True)
+            tried = f"{costs[old] / costs[best]:.3f} times as fast as {old}; {len(costs)} of {len(found)} tried"
+            print(f"{name} {kernel} {dtype}: {best}, {tried}", flush=True)
             write({**table, name: entry})
 
 

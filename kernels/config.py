@@ -30,7 +30,8 @@ class LaunchConfig:
 
 
 # Of blocks.json, by kernel and bytes per logit; "default" serves what has no entry of its own. It takes 8 KiB of a row per
-# block, 16 columns per NVIDIA thread (8 in fp64), four stages, so that 24 KiB are in flight while a block is summed. With a
+# block, 16 columns per NVIDIA thread (8 in fp64), four stages, so that 24 KiB are in flight while a block is summed (but not in
+# a gradient that narrows: a barrier in a loop keeps Triton from fetching ahead, and other programs have to). With a
 # bias and a keep mask beside it a program needs under 96 KiB of shared memory, and even the fullest accumulators stay in
 # registers (tests/test_kernels_triton.py checks both). `python -m benchmarks.gpu_tune` times others and writes the entry
 # of the device it runs on.
@@ -48,7 +49,9 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "default"
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "gcnArchName", "").split(":")[0] or f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:  # on NVIDIA's, gcnArchName is the name on the box
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def launch_config(kernel: str, tile: Tensor) -> LaunchConfig:

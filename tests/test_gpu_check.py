@@ -1,6 +1,7 @@
 """`make gpu-check` on a machine without a GPU: its stages, and the times on this device in place of that one."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -43,6 +44,40 @@ def test_a_stage_that_fails_or_hangs_leaves_the_others_and_the_log(tmp_path, mon
     assert "began" in log and "a variable" in log
     running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not [line for line in running if b"time.sleep(77)" in line], "what a stage started outlives it"
+
+
+def test_what_a_stage_leaves_goes_to_those_after_it(tmp_path):
+    stages = gpu_check.Stages(570, tmp_path / "log")
+    assert sum(gpu_check.STAGES.values()) <= 570 - gpu_check.TO_FINISH
+    assert stages.limit("build") == pytest.approx(gpu_check.STAGES["build"], abs=5)
+    assert stages.run("build", ["true"])
+    assert stages.limit("operators") == pytest.approx(gpu_check.STAGES["build"] + gpu_check.STAGES["operators"], abs=5)
+    stages.begin = stages.due = stages.end = time.monotonic()
+    assert stages.limit("tune") < 0
+
+
+def test_every_test_of_a_gpu_is_in_a_stage():
+    found = {path.name for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()}
+    assert found - {"test_gpu_check.py"} == {
+        Path(path).name for path in (*gpu_check.KERNEL_TESTS, "test_operators_gpu.py")
+    }
+
+
+def test_tests_run_where_only_pytest_is(tmp_path):
+    """Without the plugins that the project's own options name: those of pytest-benchmark."""
+    command = gpu_check.pytest_command("gpu", *gpu_check.KERNEL_TESTS, "tests/test_operators_gpu.py")
+    command = [*command[: command.index("-n")], *command[command.index("-n") + 2 :]] if "-n" in command else command
+    hidden = {"hypothesis", "scipy", "pytest_benchmark", "transformers", "peft", "datasets", "trl"}
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({sorted(hidden)!r}))\n"  # an ImportError for whoever asks
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    done = subprocess.run([*command, "--collect-only"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "tests collected" in done.stdout, done.stdout + done.stderr
 
 
 def test_times_are_kept_after_every_case(tmp_path, monkeypatch, capsys):

@@ -48,7 +48,7 @@ with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if INTERPRETED else {
     from triton.runtime.jit import JITFunction
 
     from entropy_po import tiles
-    from entropy_po.kernels import fold, grad, launch, stats
+    from entropy_po.kernels import config, fold, grad, launch, stats
     from entropy_po.kernels.launch import LaunchConfig
     from entropy_po.types import Level, Transform, new_state, state_dtype
 
@@ -153,6 +153,16 @@ def test_messages(kernels, gen):
         gradient(kernels, tile, labels, state, None, None, Transform(), out=tile.t().contiguous().t())
     with pytest.raises(ValueError, match="block_v=96 must be a power of two"):
         replace(SMALL, block_v=96)
+
+
+@pytest.mark.parametrize("hip, name", [(None, "sm_90"), ("6.4", "gfx942")])
+def test_an_architecture_s_name_is_not_that_of_the_card(hip, name, monkeypatch):
+    """torch gives gcnArchName of NVIDIA's too, where it is the card's."""
+    called = "NVIDIA H100 80GB HBM3" if hip is None else "gfx942:sramecc+:xnack-"
+    found = SimpleNamespace(gcnArchName=called, major=9, minor=0)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    assert config.architecture.__wrapped__(torch.device("cuda", 0)) == name
 
 
 def test_the_programs_of_a_call_lie_on_the_long_grid_axis():

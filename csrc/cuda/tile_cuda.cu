@@ -33,14 +33,18 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     check(cudaGetDevice(&before_));
-    check(cudaSetDevice(device));
+    elsewhere_ = before_ != device;
+    if (elsewhere_) check(cudaSetDevice(device));
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (elsewhere_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
   int before_ = 0;
+  bool elsewhere_ = false;
 };
 
 int64_t multiprocessors(int device) {
