@@ -39,7 +39,7 @@ class Backend(str, Enum):
     TORCH = "torch"  # reference.py
 
 
-# Preferred first. `torch` serves every device and is never chosen silently where a faster backend should have been there.
+# Preferred first. `torch` serves both and is never chosen silently where a faster backend should have been there.
 # On CUDA the order is unmeasured: Triton's kernels are the older ones, nothing more.
 BACKENDS_BY_DEVICE = {
     "cpu": (Backend.CPP, Backend.TORCH),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from entropy_po import linear_token_stats, token_stats
 from entropy_po.ops import gemm
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.types import state_dtype
@@ -34,6 +35,16 @@ def operand(n, dtype):
     made = gemm.Operand(empty(n, 16, dtype=dtype), "", scratch)
     made.copied = empty(n, 16, dtype=torch.float32)  # to fill it would take the device
     return made
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps"])
+def test_another_accelerator_is_refused_by_name(device):
+    with FakeTensorMode():
+        logits, labels = torch.empty(2, 5, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        with pytest.raises(ValueError, match=f"logits is on {device}.*; move it to a CPU or a CUDA or ROCm GPU"):
+            token_stats(logits, labels)
+        with pytest.raises(ValueError, match=f"hidden_states is on {device}"):
+            linear_token_stats(logits, logits, labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

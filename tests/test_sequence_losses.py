@@ -343,6 +343,60 @@ def test_empty_and_ignored():
         assert all((x.grad == 0).all() for x in inputs)
 
 
+@pytest.mark.parametrize("ignored", [[0], [1], [2], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("workspace", [None, SMALL])
+def test_terms_of_sequences_without_a_label_are_part_of_a_loss_of_ones_own(ignored, workspace):
+    def of_pairs(batch):
+        return -torch.nn.functional.logsigmoid(batch.logps[0::2] - batch.logps[1::2]).sum()
+
+    hidden, weight, bias, labels = problem()
+    for pair in ignored:
+        labels[CU[2 * pair] : CU[2 * pair + 2]] = -100
+    found = []
+    for strategy in ("resident", "recompute"):
+        inputs = leaves(hidden, weight, bias)
+        output = sequence_loss(
+            inputs[0],
+            inputs[1],
+            labels,
+            CU,
+            of_pairs,
+            bias=inputs[2],
+            coupled=2,
+            strategy=strategy,
+            workspace_bytes=workspace,
+        )
+        output.loss.backward()
+        found.append((output.loss.item(), *(x.grad for x in inputs)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][0] >= 0.6931 * len(ignored)
+    for ours, theirs in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths, nll_coef", [((40, 100), 0.3), ((30, 30, 60, 60, 80, 80), 0.0)])
+def test_tiles_that_grow_share_the_memory_of_the_tallest(lengths, nll_coef):
+    """The rejected answer's tiles are taller than the chosen one's; a group of pairs than the one before."""
+    v, d = 6000, 8
+    n = sum(lengths)
+    hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    cu = torch.tensor([0, *itertools.accumulate(lengths)])
+    budget = 170 * 4 * (v + 2 * d)
+
+    def call(strategy):
+        return linear_preference_loss(
+            hidden, weight, torch.randint(v, (n,)), cu, objective=EntropyObjective.qempo(2.0), nll_coef=nll_coef,
+            strategy=strategy, workspace_bytes=budget,
+        )  # fmt: skip
+
+    strategy = "deferred" if nll_coef else "resident"
+    call(strategy)
+    peak, _ = allocations(lambda: call(strategy))
+    sums = 4 * (n * d + v * d) + 4 * v * d * (nll_coef > 0)
+    tallest = max(lengths) if nll_coef else 2 * max(lengths)
+    assert peak <= 4 * v * tallest + sums + 200_000
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from entropy_po.tiles import BACKENDS_BY_DEVICE
 from entropy_po.types import OutputName, TokenStats, Transform
 
 # Of temperature, softcap and logit scale. Beyond, their quotients leave the range of fp32.
@@ -35,6 +36,10 @@ def check_matrix(name: str, tensor: Tensor, shape: str) -> None:
 def check_loaded(name: str, tensor: Tensor) -> None:
     if tensor.device.type == "meta":
         raise ValueError(f"{name} is on the meta device, which holds no values; load it first.")
+    if tensor.device.type not in BACKENDS_BY_DEVICE:
+        raise ValueError(
+            f"{name} is on {tensor.device}, which these operators do not serve; move it to a CPU or a CUDA or ROCm GPU."
+        )
 
 
 def check_head(hidden_states: Tensor, weight: Tensor, labels: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:

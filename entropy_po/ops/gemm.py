@@ -44,6 +44,9 @@ def _precision(matmul: Any, precision: str, wanted: bool) -> Iterator[None]:
         return
     with _precision_lock:
         before = matmul.fp32_precision
+        if before == precision:  # perhaps inherited, and to be set nowhere by name
+            yield
+            return
         matmul.fp32_precision = precision
         try:
             yield
@@ -105,8 +108,9 @@ class Scratch:
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous [shape] of memory, valid until the name is asked for again."""
         size = shape[0] * shape[1]
-        buffer = self.buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < size:
+        if (buffer := self.buffers.get((name, dtype))) is None or buffer.numel() < size:
+            self.buffers.pop((name, dtype), None)
+            buffer = None  # gone before the larger one is made
             buffer = self.buffers[name, dtype] = self._allocate(size, dtype)
         return buffer[:size].view(shape)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from entropy_po.objective import EntropyObjective, PairLoss, check_smoothing
 from entropy_po.ops import checks, linear_token_stats, parallel, schema, sequences
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences, VocabSums
-from entropy_po.plan import Choice, SequencePlan, Strategy, check_strategy, row_slices
+from entropy_po.plan import Choice, Group, SequencePlan, Strategy, check_strategy, row_slices
 from entropy_po.types import IfAsked, state_dtype
 
 if TYPE_CHECKING:
@@ -395,7 +396,8 @@ def _three_products(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     tiles = RowTiles(head, plan.weight_cols)
     sums = GradientSums(tiles, needs, num_tiles=len(plan.groups) if plan.choice.name == "resident" else 2)
-    second = None
+    second, parts = None, {group: _tiles_of(head, seqs, plan, group, pair_loss.nll_coef > 0) for group in plan.groups}
+    tiles.reserve(chain.from_iterable(parts.values()))
     for group in plan.groups:
         if not group.deferred:
             _resident(tiles, seqs, sums, pair_loss, group.start, group.stop)
@@ -404,8 +406,18 @@ def _three_products(
         if (not sums.vocab.empty or pair_loss.nll_coef) and second is None:
             second = sums.another_vocab()
         last = group is plan.groups[-1]
-        _deferred(tiles, seqs, sums, second, pair_loss, group.start, plan.choice.tile_rows, last)
+        _deferred(tiles, seqs, sums, second, pair_loss, group.start, parts[group], last)
     return tiles.logps, tiles.entropy, sums.finish()
+
+
+def _tiles_of(head: LmHead, seqs: Sequences, plan: SequencePlan, group: Group, anchored: bool) -> list[slice]:
+    """The rows of each tile of a group. With an anchor, of which only the chosen tokens have a part, none holds both answers."""
+    if not group.deferred:
+        return [seqs.rows(group.start, group.stop)]
+    bounds = range(group.start, group.stop) if anchored else (group.start,)
+    spans = (seqs.rows(i, i + 1 if anchored else group.stop) for i in bounds)
+    tiles = (row_slices(x.start, x.stop, plan.choice.tile_rows, head.hidden.device.type) for x in spans)
+    return list(chain.from_iterable(tiles))
 
 
 def _resident(
@@ -430,7 +442,7 @@ def _deferred(
     second: VocabSums | None,
     pair_loss: _PairLoss,
     start: int,
-    tile_rows: int,
+    parts: list[slice],
     last: bool,
 ) -> None:
     """One long pair in several tiles: gradients of log pi(w) - log pi(l), scaled when the margin is known, which is before the last
@@ -449,16 +461,15 @@ def _deferred(
     def known() -> Tensor:
         return pair_loss(seqs.sums(tiles.logps[pair], start, stop), lengths, start, stop)[2][0]
 
-    for rows in (chosen, rejected) if pair_loss.nll_coef else (pair,):
-        for part in row_slices(rows.start, rows.stop, tile_rows, tiles.head.hidden.device.type):
-            hidden, tile, state = tiles.fold(part)
-            if part.stop == pair.stop:
-                scalar = known()
-            g_logp = state.new_ones(part.stop - part.start)
-            g_logp[max(chosen.stop - part.start, 0) :] = -1
-            gradient = tiles.head.grad_(tile, part, tiles.all_cols, state, g_logp, None)
-            sums.add(part, gradient, hidden, total, factor=scalar if second is None else None, last=last)
-        if rows is chosen and not total.empty:
+    for part in parts:
+        hidden, tile, state = tiles.fold(part)
+        if part.stop == pair.stop:
+            scalar = known()
+        g_logp = state.new_ones(part.stop - part.start)
+        g_logp[max(chosen.stop - part.start, 0) :] = -1
+        gradient = tiles.head.grad_(tile, part, tiles.all_cols, state, g_logp, None)
+        sums.add(part, gradient, hidden, total, factor=scalar if second is None else None, last=last)
+        if pair_loss.nll_coef and part.stop == chosen.stop:
             sums.vocab.add_(total, -anchor)
     if scalar is None:  # no rows here; over a sequence_group the others have some, and the sum is an exchange
         known()

@@ -123,8 +123,8 @@ def _only_hidden_states(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def _plan(head: LmHead, workspace_bytes: int, frozen: bool = False) -> TilePlan:
-    # Where a row is cut shows in its last bits: deterministic mode cuts it as if it were always among as many rows.
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    # Where a row is cut shows in its last bits: deterministic mode cuts it on a CPU as if it were always among as many rows.
+    deterministic = torch.are_deterministic_algorithms_enabled() and not head.hidden.is_cuda
     rows = DETERMINISTIC_ROWS if deterministic else head.num_kept
     plan = plan_tiles(
         rows,

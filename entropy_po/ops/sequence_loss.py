@@ -208,9 +208,8 @@ class _Batches:
         if not self.coupled:
             parts = row_slices(0, self.rows.numel(), max(plan.choice.tile_rows, 1), self.rows.device.type)
             yield from ((rows, slice(0, 0)) for rows in parts)
-        for group in plan.groups:
-            if any(self.seqs.longest_parts[group.start : group.stop]):
-                yield self.seqs.rows(group.start, group.stop), slice(group.start, group.stop)
+        for group in plan.groups:  # those without a label too: their terms are part of the loss
+            yield self.seqs.rows(group.start, group.stop), slice(group.start, group.stop)
 
 
 class _Resident(torch.autograd.Function):
@@ -230,6 +229,7 @@ class _Resident(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         tiles = RowTiles(head, plan.weight_cols)
         parts = list(batches.parts(plan))
+        tiles.reserve(rows for rows, _ in parts)
         sums = GradientSums(tiles, needs, num_tiles=len(parts))
         total = hidden.new_zeros((), dtype=torch.float64)
         for rows, part in parts:

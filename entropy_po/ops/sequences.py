@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -125,6 +125,10 @@ class RowTiles:
         self.head, self.weight_cols = head, weight_cols
         self.logps = head.hidden.new_empty(head.num_kept, dtype=head.arithmetic)  # [K], nats
         self.entropy = self.logps.new_zeros(head.num_kept)  # [K], nats; 0 unless the head's outputs name it
+
+    def reserve(self, parts: Iterable[slice]) -> None:
+        """Memory for the tallest of these tiles, so that it is never asked for beside that of a lower one."""
+        self.head.tile(max((rows.stop - rows.start for rows in parts), default=0), self.head.vocab_size)
 
     @property
     def all_cols(self) -> slice:
