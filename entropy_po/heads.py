@@ -179,10 +179,11 @@ def forward_without_logits(
     finally:
         hook.remove()
     if len(caught) != 1 or caught[0].shape[:2] != shape:
+        seen = ", ".join(" x ".join(map(str, hidden.shape[:2])) for hidden in caught) or "none"
         raise ValueError(
-            f"model: the forward of {type(unwrap(model)).__name__} called its output head {len(caught)} times where "
-            f"once over all {' x '.join(map(str, shape))} tokens was expected; this architecture, or this call of it, is "
-            "not supported."
+            f"model: the forward of {type(unwrap(model)).__name__} called its output head {len(caught)} times, over {seen} "
+            f"tokens, where once over all {' x '.join(map(str, shape))} was expected; this architecture, or this call of it, "
+            "is not supported."
         )
     return caught[0], outputs
 

@@ -68,7 +68,7 @@ def load_model(
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, adapter)
+        model = PeftModel.from_pretrained(model, _resolve_source(adapter))
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -104,12 +104,17 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTr
     from transformers import AutoTokenizer
 
     base = _adapter_base(name_or_path)
-    if base is not None and not (Path(name_or_path) / "tokenizer_config.json").exists():
+    if base is not None and not (Path(name_or_path).expanduser() / "tokenizer_config.json").exists():
         return load_tokenizer(base, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(_resolve_source(name_or_path), **kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def default_device() -> torch.device:
+    """Where a model runs that nothing was said of: a CUDA or ROCm GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -120,11 +125,14 @@ def _resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def _resolve_source(name_or_path: str | os.PathLike[str]) -> str:
-    return str(_converted_smollm2()) if str(name_or_path) == SMOLLM2 else str(name_or_path)
+    if str(name_or_path) == SMOLLM2:
+        return str(_converted_smollm2())
+    folder = Path(name_or_path).expanduser()
+    return str(folder) if folder.is_dir() else str(name_or_path)
 
 
 def _is_local(name_or_path: str | os.PathLike[str]) -> bool:
-    return str(name_or_path) == SMOLLM2 or Path(name_or_path).is_dir()
+    return str(name_or_path) == SMOLLM2 or Path(name_or_path).expanduser().is_dir()
 
 
 def _adapter_base(name_or_path: str | os.PathLike[str]) -> str | None:
@@ -133,7 +141,7 @@ def _adapter_base(name_or_path: str | os.PathLike[str]) -> str | None:
         raise ValueError(
             f"name_or_path must be a hub id or a folder, got {reprlib.repr(name_or_path)}; {SMOLLM2!r} needs neither."
         )
-    folder = Path(name_or_path)
+    folder = Path(name_or_path).expanduser()
     if not (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
         return None
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]

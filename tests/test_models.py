@@ -118,6 +118,12 @@ def test_local_folder_and_dtypes(tiny_folder):
         load_model(tiny_folder, dtype="bf17")
 
 
+def test_a_folder_may_begin_at_home(tiny_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    name = f"~/{tiny_folder.name}"
+    assert load_model(name).config.vocab_size == load_model(tiny_folder).config.vocab_size
+
+
 def test_adapter_folder_brings_its_base_model(tiny_folder, tmp_path):
     peft = pytest.importorskip("peft")
     base = load_model(tiny_folder, dtype="float32")

@@ -21,7 +21,7 @@ from test_trainer_data import make_tokenizer  # noqa: E402
 from entropy_po import EntropyObjective  # noqa: E402
 from entropy_po.ops.sequences import segment_sums  # noqa: E402
 from entropy_po.policy_gradient import token_advantages  # noqa: E402
-from entropy_po.trainer import OnlineConfig, OnlineTrainer  # noqa: E402
+from entropy_po.trainer import OnlineConfig, OnlineTrainer, online  # noqa: E402
 from entropy_po.trainer.generation import TransformersGeneration, VLLMGeneration  # noqa: E402
 from entropy_po.trainer.online import RepeatedBlocks  # noqa: E402
 
@@ -359,6 +359,22 @@ def test_rewards_are_weighed_and_see_what_trl_gives(tmp_path):
     assert row["rewards/length_of"] == pytest.approx(row["length"], rel=1e-5)
 
 
+def test_columns_of_some_rows_are_none_in_the_others(tmp_path):
+    seen = []
+
+    def reward(completions, want, **_):
+        seen.extend(want)
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(
+        tmp_path, rows=[{"prompt": "the"}, {"prompt": "sky", "want": 7}], reward_funcs=reward, num_generations=2
+    )
+    trainer._scored(trainer.train_dataset, [[7]] * 4)
+    assert seen == [None, None, 7, 7]
+    with pytest.raises(ValueError, match=r"train data has a column 'completions'.*rename it"):
+        make_trainer(tmp_path, rows=[{"prompt": "the", "completions": "x"}])
+
+
 @pytest.mark.parametrize(
     ("functions", "error", "message"),
     [
@@ -497,6 +513,12 @@ def test_targets_relative_to_a_measured_run(tmp_path):
     )
     ascent = args.dual_ascent()
     assert ascent.min_reward == pytest.approx(0.7 - 0.1) and ascent.max_kl == pytest.approx(7.0 * 1.1)
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 10, "rew')  # killed while it wrote
+    assert args.dual_ascent().min_reward == ascent.min_reward
+    (tmp_path / "metrics.jsonl").write_text("loss 0.1\n" + whole)
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1: .*; give the output_dir of a run"):
+        args.dual_ascent()
     with pytest.raises(FileNotFoundError, match="relative_to"):
         OnlineConfig(output_dir="o", lam=5.0, min_reward=0.0, relative_to=str(tmp_path / "none")).dual_ascent()
 
@@ -532,9 +554,23 @@ def test_resuming_between_two_uses_of_samples_is_refused(tmp_path):
         make_trainer(tmp_path, save_steps=2, max_steps=6, **options).train(resume_from_checkpoint=True)
 
 
+def test_resuming_with_targets_from_a_run_without_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, **options).train()
+    with pytest.raises(ValueError, match=r"dual\.json is missing, for lam and mu stayed in that run"):
+        make_trainer(tmp_path, min_reward=0.5, max_steps=4, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_sharded_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(online, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="a model whose weights are sharded"):
+        make_trainer(tmp_path)
+
+
 def test_held_out_prompts_are_answered_and_scored(tmp_path):
     trainer = make_trainer(tmp_path, **FIXED)
     metrics = trainer.evaluate(trainer.train_dataset)
+    assert trainer._generation_seconds == 0  # those are training's
     assert metrics["eval_loss"] == pytest.approx(-metrics["eval_reward"], rel=1e-5)
     assert metrics["eval_entropy"] > 0 and metrics["eval_kl"] == pytest.approx(0.0, abs=1e-5)
 

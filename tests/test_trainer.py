@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_trainer_data import WORDS, make_tokenizer  # noqa: E402
 
 from entropy_po import linear_preference_loss  # noqa: E402
-from entropy_po.trainer import EntropyPOConfig, PairCollator, PreferenceTrainer, tokenize_pairs  # noqa: E402
+from entropy_po.trainer import EntropyPOConfig, PairCollator, PreferenceTrainer, preference, tokenize_pairs  # noqa: E402
 from entropy_po.trainer.checkpoints import last_checkpoint  # noqa: E402
 
 VOCAB = 32
@@ -259,6 +259,15 @@ def test_several_evaluation_sets(tmp_path):
     assert {"eval_first_loss", "eval_second_rewards/margins"} <= set(metrics)
 
 
+def test_a_named_evaluation_set_has_its_split_test(tmp_path, monkeypatch):
+    """Whatever its label is."""
+    asked = []
+    monkeypatch.setattr(preference, "load_rows", lambda source, split: asked.append((source, split)) or make_rows(2))
+    make_trainer(tmp_path, "a", eval_rows="b")
+    make_trainer(tmp_path, "a", eval_rows={"first": "b", "second": "c"})
+    assert asked == [("a", "train"), ("b", "test"), ("a", "train"), ("b", "test"), ("c", "test")]
+
+
 def test_late_evaluation_set_without_reference_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     late = tokenize_pairs(make_rows(2), make_tokenizer())
@@ -300,8 +309,33 @@ def test_peft_config_and_its_errors(tmp_path):
         make_trainer(tmp_path, lora_r=2, lora_target_modules=["no_such_layer"])
     with pytest.raises(ValueError, match="head carries an adapter"):
         make_trainer(tmp_path, lora_r=2, lora_target_modules=["lm_head"])
-    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+    with pytest.raises(ValueError, match="lora_r: the model carries an adapter already"):
+        make_trainer(tmp_path, model=trainer.model, lora_r=2)
+    with pytest.raises(ValueError, match="no parameter requires a gradient; unfreeze some, or set lora_r"):
         make_trainer(tmp_path, model=make_model().requires_grad_(False))
+    with pytest.raises(ValueError, match="its adapter is frozen; merge it, or load it by peft with is_trainable=True"):
+        make_trainer(tmp_path, model=trainer.model.requires_grad_(False))
+
+
+@pytest.mark.parametrize("comes", ["config", "model", "asked for", "rate given", "whole"])
+def test_an_adapter_has_its_own_default_rate(comes, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(make_model(), config) if comes == "model" else None
+    options = {"learning_rate": 3e-4 if comes == "rate given" else None, "lora_r": 2 if comes == "asked for" else None}
+    trainer = make_trainer(
+        tmp_path, model=model, peft_config=config if comes in ("config", "rate given") else None, **options
+    )
+    assert trainer.args.learning_rate == {"rate given": 3e-4, "whole": 1e-6}.get(comes, 2e-5)
+
+
+def test_what_cannot_be_found_or_called_is_said_at_the_start(tmp_path):
+    args = EntropyPOConfig(output_dir=str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match="processing_class must be given: the model has no name"):
+        PreferenceTrainer(make_model(), args, make_rows())
+    with pytest.raises(ValueError, match="compute_metrics: it reads logits"):
+        PreferenceTrainer(
+            make_model(), args, make_rows(), processing_class=make_tokenizer(), compute_metrics=lambda _: {}
+        )
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
@@ -506,6 +540,9 @@ def test_progress_bar_is_quiet(tmp_path, capfd):
         ({"truncation_mode": "middle"}, "truncation_mode='middle' is unknown"),
         ({"on_overlong": "skip"}, "on_overlong='skip' is unknown"),
         ({"lora_r": 0}, "lora_r=0 must be"),
+        ({"lora_alpha": 32.0}, "lora_alpha=32.0 is read with lora_r alone"),
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1 is read with lora_r alone"),
+        ({"lora_target_modules": ["q_proj"]}, r"lora_target_modules=\['q_proj'\] is read with lora_r alone"),
     ],
 )
 def test_bad_argument_is_named(options, message, tmp_path):
@@ -524,7 +561,7 @@ def test_config_defaults(tmp_path):
     args = EntropyPOConfig(output_dir=str(tmp_path))
     assert (args.method, args.beta, args.alpha, args.learning_rate) == ("hdpo", 0.1, 0.9, 1e-6)
     assert EntropyPOConfig(output_dir=str(tmp_path), lora_r=8).learning_rate == 2e-5
-    assert args.use_cpu == (not torch.accelerator.is_available())
+    assert args.use_cpu == (not torch.cuda.is_available())
 
 
 def test_dropped_pairs_are_counted(tmp_path, capsys):

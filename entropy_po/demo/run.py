@@ -34,7 +34,7 @@ from entropy_po.evaluation import plots
 from entropy_po.evaluation.evaluate import evaluate
 from entropy_po.evaluation.pairs import accuracy, pair_logps
 from entropy_po.memory import peak_bytes, reset_peak
-from entropy_po.models import SMOLLM2, load_model, load_tokenizer
+from entropy_po.models import SMOLLM2, default_device, load_model, load_tokenizer
 from entropy_po.trainer import EntropyPOConfig, PreferenceTrainer
 
 BETA = 0.1
@@ -100,7 +100,7 @@ def run(output_dir: Path, sizes: Sizes) -> dict:
         folder = output_dir / name.lower().replace(" ", "-")
         folder.mkdir(exist_ok=True)
         torch.manual_seed(sizes.seed)
-        model, cost = load_model(SMOLLM2, dtype="bfloat16"), {}
+        model, cost = load_model(SMOLLM2, dtype="bfloat16").to(default_device()), {}
         if name in RUNS:
             model, cost, curves[name] = train(model, tokenizer, pairs, name, folder, sizes)
         before = time.perf_counter()

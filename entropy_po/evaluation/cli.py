@@ -37,18 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     from entropy_po.evaluation.embedding import POLICY, load_embedder, policy_embedder
     from entropy_po.evaluation.evaluate import evaluate
     from entropy_po.evaluation.pairs import accuracy, pair_logps
-    from entropy_po.models import load_model, load_tokenizer
+    from entropy_po.models import default_device, load_model, load_tokenizer
     from entropy_po.trainer.data import load_rows
 
     pairs = None if arguments.pairs is None else load_rows(arguments.pairs)
     embed = None if arguments.embedding in (None, POLICY) else load_embedder(arguments.embedding)
     reference, reference_ids = None, None
     if arguments.reference is not None:
-        reference = load_model(arguments.reference, dtype=arguments.dtype)
+        reference = load_model(arguments.reference, dtype=arguments.dtype).to(default_device())
         reference_ids = load_tokenizer(arguments.reference).get_vocab()
     rows, answers = {}, {}
     for name in dict.fromkeys(arguments.model):
-        model, tokenizer = load_model(name, dtype=arguments.dtype), load_tokenizer(name)
+        model = load_model(name, dtype=arguments.dtype).to(default_device())
+        tokenizer = load_tokenizer(name)
         if reference is not None and tokenizer.get_vocab() != reference_ids:
             raise ValueError(
                 f"--reference={arguments.reference} has other tokens than {name}; a KL needs one vocabulary for both."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from entropy_po.heads import backbone_hidden_states
+from entropy_po.models import default_device
 
 MINILM = "all-minilm-l6-v2"
 POLICY = "policy"
@@ -68,13 +69,14 @@ def load_embedder(name_or_path: str) -> TextEmbedder:
     from transformers import AutoModel, AutoTokenizer
 
     source = _minilm() if name_or_path == MINILM else name_or_path
-    model = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(source, dtype=torch.float32).eval().to(default_device())
     longest = getattr(model.config, "max_position_embeddings", LONGEST)
 
     def hidden_states(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
-    return TextEmbedder(hidden_states, AutoTokenizer.from_pretrained(source), max_length=longest)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return TextEmbedder(hidden_states, tokenizer, max_length=longest, device=model.device)
 
 
 def policy_embedder(model, tokenizer) -> TextEmbedder:

@@ -18,7 +18,7 @@ from entropy_po.heads import check_head
 from entropy_po.memory import peak_bytes
 from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
 from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint
-from entropy_po.trainer.config import TrainingConfig
+from entropy_po.trainer.config import ADAPTER_RATE, TrainingConfig
 from entropy_po.trainer.safety import StopAfterStep, check_finite, naming_lost_ranks, only_run_in
 
 
@@ -29,6 +29,10 @@ class HeadTrainer(Trainer):
     model: nn.Module
 
     def __init__(self, **kwargs):
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError(
+                "compute_metrics: it reads logits, and none are made; metrics of your own go into a callback."
+            )
         super().__init__(**kwargs)
         if self.args.n_gpu > 1:
             raise ValueError("several GPUs in one process are not supported; start the same command with torchrun.")
@@ -166,7 +170,12 @@ def load_parts(model: Any, args: TrainingConfig, processing_class: Any, peft_con
     if processing_class is None:
         from entropy_po.models import load_tokenizer
 
-        processing_class = load_tokenizer(model.config._name_or_path)
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
+        if not name:
+            raise ValueError(
+                "processing_class must be given: the model has no name that its tokenizer could be found by."
+            )
+        processing_class = load_tokenizer(name)
     return _prepare_model(model, args, peft_config), processing_class
 
 
@@ -181,7 +190,12 @@ def _prepare_model(model: Any, args: TrainingConfig, peft_config: Any) -> nn.Mod
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
     is_peft = hasattr(model, "disable_adapter")
-    if peft_config is None and args.lora_r is not None and not is_peft:
+    asked = "peft_config" if peft_config is not None else "lora_r" if args.lora_r is not None else None
+    if is_peft and asked is not None:
+        raise ValueError(f"{asked}: the model carries an adapter already; merge it first, or leave {asked} out.")
+    if args.has_default_rate and (is_peft or asked is not None):
+        args.learning_rate = ADAPTER_RATE
+    if peft_config is None and args.lora_r is not None:
         from peft import LoraConfig
 
         peft_config = LoraConfig(
@@ -193,10 +207,13 @@ def _prepare_model(model: Any, args: TrainingConfig, peft_config: Any) -> nn.Mod
         )
     if peft_config is None:
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError("model: no parameter requires a gradient; unfreeze some, or set lora_r for an adapter.")
+            remedy = (
+                "its adapter is frozen; merge it, or load it by peft with is_trainable=True"
+                if is_peft
+                else "unfreeze some, or set lora_r for an adapter"
+            )
+            raise ValueError(f"model: no parameter requires a gradient; {remedy}.")
         return model
-    if is_peft:
-        raise ValueError("peft_config: the model carries an adapter already; merge it first, or leave peft_config out.")
     from peft import get_peft_model
 
     try:

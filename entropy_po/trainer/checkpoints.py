@@ -39,7 +39,9 @@ def checkpoint_fault(folder: Path) -> str | None:
         return "trainer_state.json is missing"
     except ValueError:
         return "trainer_state.json is cut off"
-    weights = [p for p in folder.iterdir() if p.name.startswith(("model", "adapter_model", "pytorch_model"))]
+    # the last: of ZeRO-3, which need not write a whole model
+    kinds = ("model", "adapter_model", "pytorch_model", "global_step")
+    weights = [p for p in folder.iterdir() if p.name.startswith(kinds)]
     if not weights:
         return "its weights are missing"
     for index in folder.glob("*.safetensors.index.json"):
@@ -74,5 +76,12 @@ class SavesAscent(_OfTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ascent is not None:
-            self.ascent.load_state(json.loads((Path(resume_from_checkpoint) / DUAL_FILE).read_text(encoding="utf-8")))
+        if self.ascent is None:
+            return
+        path = Path(resume_from_checkpoint) / DUAL_FILE
+        if not path.exists():
+            raise ValueError(
+                f"resume_from_checkpoint: {path} is missing, for lam and mu stayed in that run; resume without min_reward and "
+                "max_kl, or start from its model."
+            )
+        self.ascent.load_state(json.loads(path.read_text(encoding="utf-8")))

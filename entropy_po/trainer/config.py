@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, float | None]] = {
 # Online, the objective with a = b = beta has another name.
 ONLINE_METHODS = {"rlhf" if name == "dpo" else name: arguments for name, arguments in METHODS.items()}
 ESTIMATORS = ("sequence", "token", "bonus")
+ADAPTER_RATE = 2e-5  # of a LoRA adapter, where none is given
 _COEFFICIENTS = ("beta", "alpha", "alpha_s", "beta_s", "lam", "mu")
 
 
@@ -65,9 +66,9 @@ def _arg(default, text: str):
 class TrainingConfig(TrainingArguments):
     """What `EntropyPOConfig` and `OnlineConfig` share; everything in transformers.TrainingArguments is there too.
 
-    Differences in defaults: `learning_rate` 1e-6 (2e-5 with `lora_r`), `logging_steps` 10, `per_device_train_batch_size`
-    4, `report_to` tensorboard where it is installed, `bf16` where the accelerator has it, and the CPU is used without
-    further flags where there is no accelerator.
+    Differences in defaults: `learning_rate` 1e-6 (2e-5 for an adapter), `logging_steps` 10, `per_device_train_batch_size`
+    4, `report_to` tensorboard where it is installed, `bf16` where the GPU has it, and the CPU is used without further
+    flags where there is no CUDA or ROCm GPU.
 
     Raises:
         ValueError: an argument out of its range, or one that the method does not read; the message names it.
@@ -98,7 +99,7 @@ class TrainingConfig(TrainingArguments):
     )
 
     # transformers declares these two without None, which is a default of ours
-    learning_rate: float | None = _arg(None, "Peak learning rate; default 1e-6, with lora_r 2e-5.")  # type: ignore[assignment]
+    learning_rate: float | None = _arg(None, "Peak learning rate; default 1e-6, of an adapter 2e-5.")  # type: ignore[assignment]
     per_device_train_batch_size: int = _arg(4, "Pairs, or prompts, per device and forward.")
     per_device_eval_batch_size: int = _arg(4, "The same in evaluation and in the reference pass.")
     logging_steps: float = _arg(10, "Steps between two rows of metrics.")
@@ -116,10 +117,12 @@ class TrainingConfig(TrainingArguments):
         self._check_method()
         self._check_ranges()
         self.entropy_objective  # noqa: B018  # ranges of the coefficients, in the objective's own words
+        self.has_default_rate = self.learning_rate is None  # to be raised where the model comes with an adapter
         if self.learning_rate is None:
-            self.learning_rate = 1e-6 if self.lora_r is None else 2e-5
-        if not torch.accelerator.is_available():
-            # transformers refuses bf16 and warns about pinned memory where it was not told that this is meant.
+            self.learning_rate = 1e-6 if self.lora_r is None else ADAPTER_RATE
+        if not torch.cuda.is_available():
+            # The operators serve no other accelerator; and transformers refuses bf16 and warns about pinned memory where it was
+            # not told that the CPU is meant.
             self.use_cpu = True
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # `accelerate launch` was told, or has its own
         if self.bf16 is None and launched is not None:
@@ -171,6 +174,14 @@ class TrainingConfig(TrainingArguments):
             _check_number("max_prompt_length", self.max_prompt_length, 1, "leave it out for no limit of its own")
         if self.lora_r is not None:
             _check_number("lora_r", self.lora_r, 1, "leave it out to train the whole model")
+        else:
+            given = {"lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout or None}
+            given["lora_target_modules"] = self.lora_target_modules  # type: ignore[assignment]
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}={reprlib.repr(value)} is read with lora_r alone; give lora_r, or drop it."
+                    )
         if self.lora_alpha is not None:
             _check_number("lora_alpha", self.lora_alpha, 0, "leave it out for 2 * lora_r", strict=True)
         _check_number("lora_dropout", self.lora_dropout, 0, "0 is none")
@@ -388,10 +399,18 @@ def measured_run(folder: str | Path) -> tuple[float, float | None]:
     Raises:
         FileNotFoundError: no such file; ValueError: no row with a reward.
     """
-    path = Path(folder) / "metrics.jsonl"
+    path = Path(folder).expanduser() / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"relative_to: {path}: no such file; give the output_dir of an online run.")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines, rows = path.read_text(encoding="utf-8").splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):  # else half a row, of a run that was killed
+                raise ValueError(
+                    f"relative_to: {path}, line {number}: {error}; give the output_dir of a run."
+                ) from error
     rows = [row for row in rows if row.get("reward") is not None]
     if not rows:
         raise ValueError(f"relative_to: {path} has no row with a reward; give the output_dir of an online run.")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from entropy_po.answers import Answers, answer_token_logps
@@ -26,7 +27,7 @@ from entropy_po.trainer.checkpoints import SavesAscent
 from entropy_po.trainer.config import OnlineConfig
 from entropy_po.trainer.data import Prompt, load_rows, pad_rows, tokenize_prompts
 from entropy_po.trainer.generation import Generation, TransformersGeneration, VLLMGeneration
-from entropy_po.trainer.rewards import RewardFunction, Rewards
+from entropy_po.trainer.rewards import RESERVED, RewardFunction, Rewards
 from entropy_po.trainer.rollout import Rollout
 
 _PER_ANSWER = ("reward", "kl", "length", "finished", "entropy/sequence")
@@ -88,7 +89,15 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
 
         def prompts(source, split: str) -> list[Prompt] | None:
             rows = None if source is None else load_rows(source, split)
-            return tokenize_prompts(rows, tokenizer, max_prompt_length=args.max_prompt_length) if rows else None
+            if not rows:
+                return None
+            found = tokenize_prompts(rows, tokenizer, max_prompt_length=args.max_prompt_length)
+            taken = {name for prompt in found for name in prompt.row} & RESERVED
+            if taken:
+                raise ValueError(
+                    f"{split} data has a column {min(taken)!r}, which is what reward functions are given by the trainer; rename it."
+                )
+            return found
 
         super().__init__(
             model=model,
@@ -99,6 +108,11 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "args: a model whose weights are sharded (FSDP, ZeRO-3) cannot answer, since ranks' answers end at different "
+                "steps; use DDP or ZeRO-2."
+            )
         self.end_ids, self.pad_token_id = end_tokens(self.model, tokenizer), pad_id(tokenizer)
         self.generation = generation or self._generation_by_name(args)
         self.needs_reference = args.report_kl or args.method == "qempo_kl" or self.objective.needs_reference
@@ -175,8 +189,8 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
             [{"role": "assistant", "content": text}] if prompt.is_chat else text
             for prompt, text in zip(repeated, texts, strict=True)
         ]
-        names = set(repeated[0].row) - {"prompt"}
-        columns = {name: [prompt.row[name] for prompt in repeated] for name in names}
+        names = {name for prompt in prompts for name in prompt.row if name != "prompt"}
+        columns = {name: [prompt.row.get(name) for prompt in repeated] for name in names}
         questions = [prompt.row["prompt"] for prompt in repeated]
         return self.rewards(questions, completions, list(answers), columns, trainer_state=self.state)
 
@@ -204,7 +218,11 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
     @torch.no_grad()
     def _reference_logps(self, batch: dict[str, Tensor]) -> Tensor:
         """[n] in nats, of the answers' tokens."""
-        model: Any = self.accelerator.unwrap_model(self.model) if self.reference is None else self.reference
+        model: Any = self.reference
+        if model is None:
+            model = self.accelerator.unwrap_model(self.model)
+        else:
+            model.to(self.accelerator.device)  # the Trainer may have placed its own later
         without_adapter = model.disable_adapter() if self.reference is None else nullcontext()
         options = {"temperature": self.args.temperature, "workspace_bytes": self.args.workspace_bytes}
         with evaluation_mode(model), without_adapter, self.accelerator.autocast():
@@ -252,7 +270,9 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs: Any, prediction_loss_only, ignore_keys=None):
         """Answers to a batch of held-out prompts; minus their mean reward stands for the loss."""
+        in_training = self._generation_seconds
         (batch,) = self._sampled([inputs])
+        self._generation_seconds = in_training
         self.compute_loss(model, batch)
         return -batch["rollout"].rewards.mean(), None, None
 

@@ -67,10 +67,10 @@ class PreferenceTrainer(HeadTrainer):
         self.objective = args.entropy_objective
         model, processing_class = load_parts(model, args, processing_class, peft_config)
         with _rank_0_first(args):
-            prepared = {"train": self._tokenized(train_dataset, "train", processing_class, args)}
+            prepared = {"train": self._tokenized(train_dataset, "train", "train", processing_class, args)}
             several = isinstance(eval_dataset, dict) and "chosen" not in eval_dataset
             for name, data in (eval_dataset if several else {"eval": eval_dataset}).items():
-                prepared[f"eval:{name}"] = self._tokenized(data, name, processing_class, args)
+                prepared[f"eval:{name}"] = self._tokenized(data, "test", name, processing_class, args)
         evals = {name.removeprefix("eval:"): data for name, data in prepared.items() if name != "train"}
         super().__init__(
             model=model,
@@ -91,7 +91,7 @@ class PreferenceTrainer(HeadTrainer):
     # ---- data ----
 
     @staticmethod
-    def _tokenized(source, split: str, tokenizer, args: EntropyPOConfig) -> PairDataset | None:
+    def _tokenized(source, split: str, label: str, tokenizer, args: EntropyPOConfig) -> PairDataset | None:
         if source is None or isinstance(source, PairDataset):
             return source
         dataset = tokenize_pairs(
@@ -105,7 +105,7 @@ class PreferenceTrainer(HeadTrainer):
         )
         if dataset.num_dropped and args.process_index == 0:
             print(
-                f"{split}: dropped {dataset.num_dropped} pairs longer than max_length={args.max_length}",
+                f"{label}: dropped {dataset.num_dropped} pairs longer than max_length={args.max_length}",
                 file=sys.stderr,
             )
         return dataset
@@ -117,7 +117,7 @@ class PreferenceTrainer(HeadTrainer):
             dataset,
             self.model,
             self._reference_logps,
-            folder=Path(self.args.ref_cache_dir or self._folder / "reference_logps"),
+            folder=Path(self.args.ref_cache_dir or self._folder / "reference_logps").expanduser(),
             batch_size=2 * self.args.per_device_eval_batch_size,
             pad_token_id=self.data_collator.pad_token_id,
             accelerator=self.accelerator,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entropy_po.arguments import numbers
 
+RESERVED = frozenset(("prompts", "completions", "completion_ids", "trainer_state"))  # keywords of a call
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
@@ -17,9 +18,9 @@ class Rewards:
     """Several reward functions and their weights.
 
     A function is called with keyword arguments, one list entry per answer: `prompts`, `completions` (text, or where the
-    prompt holds messages a list with one assistant message), `completion_ids`, every further column of the dataset, and
-    `trainer_state`. It returns one number per answer, or None for an answer that it has nothing to say about. Functions
-    written for TRL's GRPOTrainer work as they are, unless they are coroutines.
+    prompt holds messages a list with one assistant message), `completion_ids`, every further column of the dataset (None in
+    the rows that lack it), and `trainer_state`. It returns one number per answer, or None for an answer that it has nothing
+    to say about, if another function has. Functions written for TRL's GRPOTrainer work as they are, unless they are coroutines.
 
     Args:
         functions: a callable or an import path `module:name`, or several.
