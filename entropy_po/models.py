@@ -32,6 +32,7 @@ def load_model(
     *,
     dtype: str | torch.dtype = "bfloat16",
     adapter: str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Causal language model in evaluation mode.
@@ -41,6 +42,7 @@ def load_model(
             is then loaded by the name it recorded.
         dtype: of the weights: a torch dtype, its name, or `"auto"` for the one in the checkpoint.
         adapter: folder or hub id of a LoRA adapter to put on top (peft), frozen.
+        device: where it is moved to; None leaves it where `from_pretrained` does, on the CPU.
         kwargs: passed to `from_pretrained`, for example `attn_implementation` or `device_map`.
     Returns:
         PreTrainedModel, or a PeftModel around one where there is an adapter.
@@ -61,7 +63,7 @@ def load_model(
             raise ValueError(
                 f"adapter: got {adapter}, but {name_or_path} is an adapter itself; merge one of them first"
             )
-        return load_model(base, dtype=dtype, adapter=name_or_path, **kwargs)
+        return load_model(base, dtype=dtype, adapter=name_or_path, device=device, **kwargs)
     kwargs["dtype"] = _resolve_dtype(dtype)
     with _progress_bars(not _is_local(name_or_path)), _whole():
         model: Any = AutoModelForCausalLM.from_pretrained(_resolve_source(name_or_path), **kwargs)
@@ -69,7 +71,7 @@ def load_model(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, _resolve_source(adapter))
-    return model.eval()  # type: ignore[no-any-return]
+    return (model if device is None else model.to(device)).eval()  # type: ignore[no-any-return]
 
 
 @contextmanager

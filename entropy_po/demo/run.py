@@ -100,7 +100,7 @@ def run(output_dir: Path, sizes: Sizes) -> dict:
         folder = output_dir / name.lower().replace(" ", "-")
         folder.mkdir(exist_ok=True)
         torch.manual_seed(sizes.seed)
-        model, cost = load_model(SMOLLM2, dtype="bfloat16").to(default_device()), {}
+        model, cost = load_model(SMOLLM2, dtype="bfloat16", device=default_device()), {}
         if name in RUNS:
             model, cost, curves[name] = train(model, tokenizer, pairs, name, folder, sizes)
         before = time.perf_counter()

@@ -44,11 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     embed = None if arguments.embedding in (None, POLICY) else load_embedder(arguments.embedding)
     reference, reference_ids = None, None
     if arguments.reference is not None:
-        reference = load_model(arguments.reference, dtype=arguments.dtype).to(default_device())
+        reference = load_model(arguments.reference, dtype=arguments.dtype, device=default_device())
         reference_ids = load_tokenizer(arguments.reference).get_vocab()
     rows, answers = {}, {}
     for name in dict.fromkeys(arguments.model):
-        model = load_model(name, dtype=arguments.dtype).to(default_device())
+        model = load_model(name, dtype=arguments.dtype, device=default_device())
         tokenizer = load_tokenizer(name)
         if reference is not None and tokenizer.get_vocab() != reference_ids:
             raise ValueError(
