@@ -61,6 +61,7 @@ FAULTS = [
     Fault("the entropy's mean is dropped from its gradient", "csrc/tile_cpu_impl.h", "entropy_scale * (d - mean_d)", "entropy_scale * d", WHOLE_FOLD),
     Fault("a bf16 product forgets what it adds to", "csrc/gemm.cpp", "g.accumulate || now.begin > 0", "now.begin > 0", "test_gemm.py"),
     Fault("a product of several passes is scaled after the first", "csrc/gemm.cpp", "now.begin + now.depth == g.k && g.scaled", "g.scaled != nullptr", "test_gemm.py"),
+    Fault("a sequence's log-prob is a sum of rounded ones", STATE, "return state[3].double() - state[1].double().log()", "return (state[3].double() - state[1].double().log()).float().double()", "test_sequence_losses.py::test_a_long_answer_s_log_prob_is_no_sum_of_rounded_ones"),
     Fault("taller tiles are made beside lower ones", PAIR, "    tiles.reserve(chain.from_iterable(parts.values()))\n", "", "test_sequence_losses.py::test_tiles_that_grow_share_the_memory_of_the_tallest"),
     Fault("terms of sequences without a label are left out", "entropy_po/ops/sequence_loss.py", "        for group in plan.groups:  # those", "        for group in [g for g in plan.groups if any(self.seqs.longest_parts[g.start : g.stop])]:  # those", "test_sequence_losses.py::test_terms_of_sequences_without_a_label_are_part_of_a_loss_of_ones_own"),
     Fault("a tile ends amid a block of rows", "entropy_po/plan.py", "block * math.ceil(length / pieces / block)", "math.ceil(length / pieces)", "test_plan.py::test_tiles_of_rows_are_whole_blocks_of_the_device"),

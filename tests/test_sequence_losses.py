@@ -305,6 +305,33 @@ def test_a_pair_far_longer_than_the_budget():
     assert_same(output.loss, inputs, exact, exact_inputs, slack=4)
 
 
+@pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_long_answer_s_log_prob_is_no_sum_of_rounded_ones(strategy, trained):
+    """Uniform logits: every token's log-prob is -log V, and rounded to fp32 every one is off by the same. Against a reference that is
+    the same policy, nothing is left of the margin but that."""
+    v, lengths = 3001, torch.tensor([3000, 10])
+    exact = -torch.tensor(float(v), dtype=torch.float64).log()
+    assert (exact.float().double() - exact).abs() * 2990 > 1e-4
+    hidden, weight = torch.randn(3010, 4, requires_grad=True), torch.zeros(v, 4, requires_grad=trained)
+    labels, cu = torch.randint(v, (3010,)), torch.tensor([0, 3000, 3010])
+    output = linear_preference_loss(
+        hidden, weight, labels, cu, objective=EntropyObjective.dpo(1.0), ref_logps=(lengths * exact)[None],
+        strategy=strategy, workspace_bytes=1 << 20,
+    )  # fmt: skip
+    assert output.margins.abs().item() < 1e-6
+    same = linear_preference_loss(
+        hidden,
+        weight,
+        labels,
+        cu,
+        objective=EntropyObjective.dpo(1.0),
+        ref_hidden_states=hidden.detach(),
+        strategy=strategy,
+    )
+    assert same.margins.abs().item() < 1e-6
+
+
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
 def test_peak_memory_is_gradients_and_the_budget(trained, strategy):

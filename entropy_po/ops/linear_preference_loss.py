@@ -22,7 +22,7 @@ from entropy_po.ops import checks, linear_token_stats, parallel, schema, sequenc
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences, VocabSums
 from entropy_po.plan import Choice, Group, SequencePlan, Strategy, check_strategy, row_slices
-from entropy_po.types import IfAsked, state_dtype
+from entropy_po.types import IfAsked, exact_logps, state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -361,7 +361,7 @@ def _reference_logps(
     """[2B] in fp64, tile by tile and without gradient."""
     head = LmHead(hidden, weight, bias, labels, (*options[:6], ["logps"], *options[7:]))
     state = linear_token_stats.fold(head, workspace_bytes)
-    return seqs.sums(head.stats(state[:, : head.num_kept], ("logps",)).logps)
+    return seqs.sums(exact_logps(state[:, : head.num_kept]))
 
 
 def _recompute(
@@ -369,13 +369,21 @@ def _recompute(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Logits once for the log-probs, and once more for the gradients; tiles of any shape."""
     state = linear_token_stats.fold(head, workspace_bytes)
-    stats = head.stats(state[:, : head.num_kept], ("logps", "entropy"))
+    logps, entropy = _logps_and_entropy(head, state)
     grads: tuple[Tensor, ...] = tuple(head.hidden.new_empty(0) for _ in needs)
     if any(needs):
-        upstream = pair_loss.upstream(seqs.sums(stats.logps), seqs.lengths, 0, len(seqs))
+        upstream = pair_loss.upstream(seqs.sums(logps), seqs.lengths, 0, len(seqs))
         g_logp = seqs.per_row(upstream).to(head.arithmetic)
         grads = linear_token_stats.gradients(head, workspace_bytes, state, g_logp, None, needs)
-    return stats.logps, stats.entropy, grads
+    return logps, entropy, grads
+
+
+def _logps_and_entropy(head: LmHead, state: Tensor) -> tuple[Tensor, Tensor]:
+    """[K] each, of the kept rows; log-probs in fp64."""
+    kept = state[:, : head.num_kept]
+    entropy = head.stats(kept, ("entropy",)).entropy
+    assert entropy is not None
+    return exact_logps(kept), entropy
 
 
 def _two_products(
@@ -383,12 +391,12 @@ def _two_products(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """With a frozen head: logits once, in tiles of any shape; the gradients of log-probs are scaled when the loss is known."""
     state, hidden_sum = linear_token_stats.fold_and_gradient(head, workspace_bytes)
-    stats = head.stats(state[:, : head.num_kept], ("logps", "entropy"))
-    upstream = pair_loss.upstream(seqs.sums(stats.logps), seqs.lengths, 0, len(seqs))
+    logps, entropy = _logps_and_entropy(head, state)
+    upstream = pair_loss.upstream(seqs.sums(logps), seqs.lengths, 0, len(seqs))
     rows = hidden_sum.rows[: head.num_kept]
     sequences.scale_rows(rows, seqs.per_row(upstream).to(head.arithmetic), out=rows)
     empty = head.hidden.new_empty(0)
-    return stats.logps, stats.entropy, (hidden_sum.finish(), empty, empty.clone())
+    return logps, entropy, (hidden_sum.finish(), empty, empty.clone())
 
 
 def _three_products(
@@ -407,7 +415,7 @@ def _three_products(
             second = sums.another_vocab()
         last = group is plan.groups[-1]
         _deferred(tiles, seqs, sums, second, pair_loss, group.start, parts[group], last)
-    return tiles.logps, tiles.entropy, sums.finish()
+    return tiles.exact_logps, tiles.entropy, sums.finish()
 
 
 def _tiles_of(head: LmHead, seqs: Sequences, plan: SequencePlan, group: Group, anchored: bool) -> list[slice]:
@@ -426,7 +434,9 @@ def _resident(
     """Whole pairs in one tile: their margins, and so their upstream gradients, are known while their logits are there."""
     rows = seqs.rows(start, stop)
     folded = tiles.fold(rows) if rows.stop > rows.start else None
-    upstream = pair_loss.upstream(seqs.sums(tiles.logps[rows], start, stop), seqs.lengths[start:stop], start, stop)
+    upstream = pair_loss.upstream(
+        seqs.sums(tiles.exact_logps[rows], start, stop), seqs.lengths[start:stop], start, stop
+    )
     if folded is None:  # only now: over a sequence_group the others have rows, and the sum is an exchange
         return
     hidden, tile, state = folded
@@ -459,7 +469,7 @@ def _deferred(
     pair, scalar = slice(chosen.start, rejected.stop), None
 
     def known() -> Tensor:
-        return pair_loss(seqs.sums(tiles.logps[pair], start, stop), lengths, start, stop)[2][0]
+        return pair_loss(seqs.sums(tiles.exact_logps[pair], start, stop), lengths, start, stop)[2][0]
 
     for part in parts:
         hidden, tile, state = tiles.fold(part)

@@ -22,6 +22,7 @@ from entropy_po.plan import (
     plan_sequences,
     slices,
 )
+from entropy_po.types import exact_logps
 
 
 def default_workspace(device: torch.device, any_shape: bool) -> int:
@@ -124,6 +125,7 @@ class RowTiles:
     def __init__(self, head: LmHead, weight_cols: int):
         self.head, self.weight_cols = head, weight_cols
         self.logps = head.hidden.new_empty(head.num_kept, dtype=head.arithmetic)  # [K], nats
+        self.exact_logps = self.logps.new_empty(head.num_kept, dtype=torch.float64)  # to be summed
         self.entropy = self.logps.new_zeros(head.num_kept)  # [K], nats; 0 unless the head's outputs name it
 
     def reserve(self, parts: Iterable[slice]) -> None:
@@ -148,7 +150,7 @@ class RowTiles:
         head.fold_(tile, rows, self.all_cols, state)
         head.complete_(state, rows)
         stats = head.stats(state, ("logps", "entropy") if head.level else ("logps",))
-        self.logps[rows] = stats.logps
+        self.logps[rows], self.exact_logps[rows] = stats.logps, exact_logps(state)
         if stats.entropy is not None:
             self.entropy[rows] = stats.entropy
         return hidden, tile, state
