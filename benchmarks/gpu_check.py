@@ -48,8 +48,9 @@ class Stages:
             log.write(text + "\n")
 
     def limit(self, name: str) -> float:
-        """Seconds that a stage begun now may take."""
-        return min(self.due + STAGES[name], self.end - TO_FINISH) - time.monotonic()
+        """Seconds that a stage begun now may take: its own, whatever those before it took, and what they left."""
+        left = max(self.due - time.monotonic(), 0)
+        return min(STAGES[name] + left, self.end - TO_FINISH - time.monotonic())
 
     def run(self, name: str, command: list[str], **environment: str) -> bool:
         """Whether the stage succeeded. It, and all that it started, is ended where its time is."""
