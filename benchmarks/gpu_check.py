@@ -38,8 +38,8 @@ class Stages:
     """Runs stages one after another until the time is up; shows and keeps what they print."""
 
     def __init__(self, seconds: float, log: Path):
-        self.begin = self.due = time.monotonic()  # due: when the stages so far should have ended
-        self.end, self.log = self.begin + seconds, log
+        self.due = time.monotonic()  # when the stages so far should have ended
+        self.end, self.log = self.due + seconds, log
         self.results: dict[str, str] = {}
 
     def say(self, text: str) -> None:
