@@ -136,11 +136,11 @@ def exact_logps(state: Tensor) -> Tensor:
 
 def stats_from_state(state: Tensor, outputs: tuple[str, ...]) -> TokenStats:
     """What a complete state [5 or 8, n] says of its rows: the specification of `entropy_po.tiles.stats`."""
-    m, s, t, label_d, label_z = state[:5].double().unbind()
+    m, s, t, _, label_z = state[:5].double().unbind()
     log_s = s.log()
     made: dict[str, Tensor] = {}
     if "logps" in outputs:
-        made["logps"] = label_d - log_s
+        made["logps"] = exact_logps(state)
     if "entropy" in outputs:
         made["entropy"] = (log_s - t / s).clamp_min(0)
     if "lse" in outputs:
