@@ -30,6 +30,9 @@ constexpr int64_t kWords = 1024;  // of k per pass over the result; a panel of t
 // Of the shared operand per step, which streams from L3 fast enough; the other is packed again for each.
 constexpr int64_t kSharedBytes = int64_t{4} << 20;
 constexpr int64_t kStripBytes = int64_t{256} << 10;  // of the owned operand, in L2
+// What a thread packs next is on its way to L2 while it multiplies, if no more of the shared operand than this passes through there
+// in between, which would evict it.
+constexpr int64_t kAheadBytes = int64_t{512} << 10;
 constexpr int64_t kStripsPerThread = 8;  // at least, if there are as many blocks: the others wait for its last one
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -252,6 +255,35 @@ void multiply(const uint32_t* block, const uint32_t* panel, int64_t words, float
   }
 }
 
+// The memory of some blocks of x, line by line.
+template <class E>
+class Lines {
+ public:
+  Lines(const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin, int64_t depth) {
+    if (blocks <= 0) return;
+    const int64_t start = first * x.width, size = std::min(blocks * x.width, x.size - start);
+    const int64_t rows = x.along_k ? size : depth, length = x.along_k ? depth : size;
+    row_ = x.data + (x.along_k ? start * x.stride + begin : begin * x.stride + start);
+    stride_ = x.stride;
+    per_row_ = ceil_div(length, kElements) + 1;  // a row may begin within a line
+    left_ = rows * per_row_;
+  }
+
+  int64_t left() const { return left_; }
+
+  void fetch(int64_t count) {
+    for (count = std::min(count, left_); count > 0; --count, --left_) {
+      _mm_prefetch(reinterpret_cast<const char*>(row_ + line_ * kElements), _MM_HINT_T1);
+      if (++line_ == per_row_) line_ = 0, row_ += stride_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kElements = 64 / sizeof(typename E::Element);
+  const typename E::Element* row_ = nullptr;
+  int64_t stride_ = 0, per_row_ = 0, left_ = 0, line_ = 0;
+};
+
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -285,6 +317,7 @@ bool product(const GemmArgs& g) {
   const int64_t fair = std::max<int64_t>(owned.blocks() / (kStripsPerThread * threads), 1);
   const int64_t strip = std::clamp<int64_t>(kStripBytes / owned_block, 1, fair);
   const int64_t strips = ceil_div(owned.blocks(), strip);
+  const bool fetches = group * shared_block <= kAheadBytes;
 
   // The shared operand comes in steps, each a group of blocks and a pass over k. While one is multiplied the next is
   // packed, so that threads wait for each other once a step.
@@ -336,8 +369,13 @@ bool product(const GemmArgs& g) {
         float* out = g.out + row * g.out_stride + col;
         const bool is_last = now.begin + now.depth == g.k && g.scaled;
         Element* last = is_last ? static_cast<Element*>(g.scaled) + row * g.scaled_stride + col : nullptr;
+        const int64_t then = item + threads;  // threads take strips in turn, as a rule
+        const int64_t then_count = fetches ? std::min(strip, owned.blocks() - then * strip) : 0;
+        Lines<E> ahead(owned, then * strip, then_count, now.begin, now.depth);
+        const int64_t lines_each = ceil_div(ahead.left(), ceil_div(rows, kRows) * ceil_div(cols, kCols));
         for (int64_t j = 0; j < cols; j += kCols) {
           for (int64_t i = 0; i < rows; i += kRows) {
+            ahead.fetch(lines_each);
             const Scaled<E> scaled{last ? last + i * g.scaled_stride + j : nullptr, g.scaled_stride, g.factor};
             multiply<E>(blocks + i * now.pitch, panels + j * now.pitch, now.words, out + i * g.out_stride + j,
                         g.out_stride, rows - i, cols - j, g.accumulate || now.begin > 0, scaled);
