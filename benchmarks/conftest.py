@@ -84,13 +84,16 @@ def _rounds(found: dict[str, list[suites.Row]], process: int) -> Iterator[tuple[
     """(suite, row, round) of one process: its part of the rows whose rounds follow one another, and in between at even distances
     its rounds of all others. Without such it is alone."""
     every = [(suite, row) for suite, rows in found.items() for row in rows]
-    spread, compact = [x for x in every if x[1].spread], [x for x in every if not x[1].spread]
+    spread, compact = [x for x in every if x[1].visits], [x for x in every if not x[1].visits]
     processes, visits = (suites.PROCESSES, suites.VISITS) if spread else (1, 1)
     if process >= processes:
         return
-    for visit in range(process * visits, (process + 1) * visits):
-        yield from ((*each, visit) for each in spread)
-        part = slice(*(len(compact) * stop // (processes * visits) for stop in (visit, visit + 1)))
+    for visit in range(visits):
+        for suite, row in spread:
+            turn, off = divmod(visit * row.visits, visits)
+            if off < row.visits:
+                yield suite, row, process * row.visits + turn
+        part = slice(*(len(compact) * (process * visits + stop) // (processes * visits) for stop in (visit, visit + 1)))
         yield from ((suite, row, i) for suite, row in compact[part] for i in range(row.rounds or ROUNDS))
 
 
@@ -121,7 +124,7 @@ def _open(row: suites.Row, freed_is_kept: bool) -> Opened:
     for case, opened in list(_opened.items()):
         if case != row.case:
             opened.problem.__dict__.pop("truth", None)
-            if not opened.row.spread and row.case not in _opened:
+            if not opened.row.visits and row.case not in _opened:
                 del _opened[case], opened  # gone before the new one is made
     if row.case not in _opened:
         if not freed_is_kept:
@@ -138,7 +141,7 @@ def prepared(request):
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 999
     kept = request.config.stash[KEPT]
     found = (item.callspec.params["reading"] for item in request.session.items if "reading" in item.fixturenames)
-    spread = {row.case: row for _, row, _ in found if row.spread}
+    spread = {row.case: row for _, row, _ in found if row.visits}
     for row in spread.values():
         _ = _open(row, kept).problem.floor
     if kept and spread:  # where readings are short; the longest cases take all that there is
@@ -163,7 +166,7 @@ def measure(request, benchmark, prepared):
         if who not in known:
             try:  # the first call also loads libraries and compiles; its results are checked
                 results = run()
-                checked = who != FLOOR and not (row.spread and request.config.getoption("--process"))
+                checked = who != FLOOR and not (row.visits and request.config.getoption("--process"))
                 errors = problem.errors(*results) if checked else {}
             except Exception as error:
                 unavailable[who] = one_line(error)
@@ -175,7 +178,7 @@ def measure(request, benchmark, prepared):
             # a process's first reading of what allocates much is another than all that follow
             if known[who]["repeats"] > 1:
                 timed(run, known[who]["repeats"])
-        elif row.spread:  # other rows have been read since
+        elif row.visits:  # other rows have been read since
             settle(run, calls=5 if request.config.stash[KEPT] else 1)  # fresh memory never settles
         repeats = known[who]["repeats"]
         benchmark.group = case.name

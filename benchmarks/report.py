@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from entropy_po.bench.timing import FEW_FAULTS, NOISY
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
     "logits": ("Logits path", "Log-probs and entropy of logits that exist. Floor: one read forward; with a gradient, one read "
-               "and one write more, at the best rate of any copy in the run."),
+               "and one write more, at the median rate of all copies in the run."),
     "hidden": ("Hidden path", "Log-probs and entropy per token from hidden states and the head's weight; their upstream "
                "gradients come later. Floor: the bare products of a method that holds no logits."),
     "nll": ("Mean negative log-prob", "A loss that is one number, whose gradients can be made in the forward. Floor: three "
@@ -52,13 +53,13 @@ def condensed(processes: list[dict], command: str) -> dict:
         row["errors"].setdefault(info["who"], info["errors"])
         if info["floor"]:
             row["floor"] = info["who"]
-    best_copies = _best_copies(cases)
+    copies = _copies(cases)
     rows = [
         {
             "suite": suite,
             **summarised(
                 name, row["info"]["case"], row["floor"], row["info"]["scale"], row["seconds"], row["errors"],
-                best_copies.get((suite, name)),
+                copies.get((suite, name)),
             ),
         }
         for (suite, name), row in cases.items()
@@ -73,11 +74,12 @@ def condensed(processes: list[dict], command: str) -> dict:
     return finished(command, machine, rows, memory, unavailable)
 
 
-def _best_copies(cases: dict[tuple[str, str], dict]) -> dict[tuple[str, str], float]:
-    """Seconds of the copies of the cases that have them for a floor, at the best rate that any of them had."""
+def _copies(cases: dict[tuple[str, str], dict]) -> dict[tuple[str, str], float]:
+    """Seconds of the copies of the cases that have them for a floor, at the median rate of all of them. The best would be that of the
+    seconds in which a shared machine's others stood still, if the run had any."""
     moved = {key: Case(**row["info"]["case"]).copied_bytes for key, row in cases.items() if row["floor"] == COPY}
-    rate = max((moved[key] / min(cases[key]["seconds"][COPY]) for key in moved), default=1.0)
-    return {key: num_bytes / rate for key, num_bytes in moved.items()}
+    rates = [moved[key] / seconds for key in moved for seconds in cases[key]["seconds"][COPY]]
+    return {key: num_bytes / statistics.median(rates) for key, num_bytes in moved.items()}
 
 
 def memory_reading(case: Case, who: str) -> dict:
@@ -150,8 +152,9 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         f"`{report['command']}`: {machine['threads']} threads of {machine['cores']} cores, {machine['instruction_set']}, "
         f"{machine['clock_mhz'] or 'unknown'} MHz, load {machine['load_1min']} at the end. {versions}.",
         "",
-        "Times are medians over interleaved rounds, which where a call takes milliseconds are spread over the whole run and several "
-        "processes; ratios are medians of ratios within a round, but for those to a copy, which is taken at its best. "
+        "Times are means of the faster half of interleaved rounds, for what else a machine does only ever adds to them; where a call takes "
+        "milliseconds the rounds are spread over the whole run and two processes. Ratios are of these times, but for those to a copy: "
+        "that is taken at the median rate of the run's. "
         "Errors are against fp64: the worst output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
         "bold.",
         *_allocation(machine),
@@ -217,7 +220,7 @@ def _times(rows: list[dict]) -> list[str]:
                 f"*{who['name']}*" if who["name"] == row["floor"] else who["name"],
                 f"{who['ms']:.1f}"
                 + ("~" if who["spread"] > NOISY else "")
-                + (f", at best {who['best_ms']:.1f}" if "best_ms" in who else ""),
+                + (f", in the whole run {who['run_ms']:.1f}" if "run_ms" in who else ""),
                 f"{who['times_floor']:.2f}" if "times_floor" in who and who["name"] != row["floor"] else "",
                 _against_ours(who, is_floor=who["name"] == row["floor"]),
                 f"{errors['value']:.1e}" if "value" in errors else "",

@@ -18,7 +18,7 @@ class Row:
     case: Case | StepCase
     who: tuple[str, ...] | None = None
     rounds: int | None = None  # where the suite's own number would take too long
-    spread: bool = False  # its rounds are spread over the whole run, VISITS in each process
+    visits: int = 0  # its rounds are spread over the whole run: so many in each process, of VISITS that there are
     also: tuple[str, ...] = ()
 
     @property
@@ -29,7 +29,7 @@ class Row:
 SLOW = 3  # rounds where a reading takes seconds
 # Where a reading takes milliseconds, it depends on where in memory and caches a process lies, for as long as that lives, and on where
 # the machine's host happens to run its cores, for seconds or minutes: rounds that follow one another tell the same again.
-PROCESSES, VISITS = 3, 2
+PROCESSES, VISITS = 2, 6
 NO_PEERS = (OURS, RECOMPUTE)
 PAIR_PEERS = ("eager", "torch.compile", "TRL", "Liger DPO")
 
@@ -40,24 +40,22 @@ def cpu() -> dict[str, list[Row]]:
         Row(
             Case("logits", n, v, dtype=dtype, backward=backward),
             also=(TORCH,) if n == 512 and not backward else (),
-            spread=True,
+            visits=VISITS,
         )
         for n, v in ((2048, 32768), (512, 151936)) for dtype in (FP32, BF16) for backward in (False, True)
     ]  # fmt: skip
     logits += [
-        Row(Case("logits", 2048, 32768, dtype=dtype, entropy=False, peaked=True), spread=True) for dtype in (FP32, BF16)
+        Row(Case("logits", 2048, 32768, dtype=dtype, entropy=False, peaked=True), visits=VISITS)
+        for dtype in (FP32, BF16)
     ]
-    hidden = [Row(Case("hidden", 512, 32768, 1024, dtype), also=(TORCH,), rounds=SLOW) for dtype in (FP32, BF16)]
+    hidden = [Row(Case("hidden", 512, 32768, 1024, dtype), also=(TORCH,)) for dtype in (FP32, BF16)]
     hidden += [
-        Row(Case("hidden", 512, 32768, 1024, BF16, trained=False), rounds=SLOW),
-        *(
-            Row(Case("hidden", 512, 32768, 1024, dtype, trained=False, entropy=False), rounds=SLOW)
-            for dtype in (FP32, BF16)
-        ),
-        Row(Case("hidden", 512, 32768, 1024, BF16, entropy=False, peaked=True), rounds=SLOW),
-        Row(Case("hidden", 1024, 49152, 576, BF16, backward=False), rounds=SLOW),
+        Row(Case("hidden", 512, 32768, 1024, BF16, trained=False)),
+        *(Row(Case("hidden", 512, 32768, 1024, dtype, trained=False, entropy=False)) for dtype in (FP32, BF16)),
+        Row(Case("hidden", 512, 32768, 1024, BF16, entropy=False, peaked=True)),
+        Row(Case("hidden", 1024, 49152, 576, BF16, backward=False)),
     ]
-    nll = [Row(Case("nll", 1024, 32768, 576, dtype), rounds=SLOW) for dtype in (FP32, BF16)]
+    nll = [Row(Case("nll", 1024, 32768, 576, dtype)) for dtype in (FP32, BF16)]
     # each case with the strategy that is not chosen there
     pair = [Row(Case("pair", 1024, 49152, 576, dtype), (*NO_PEERS, DEFERRED, *PAIR_PEERS)) for dtype in (FP32, BF16)]
     pair += [Row(Case("pair", 1024, 49152, 576, dtype, trained=False), (OURS,)) for dtype in (FP32, BF16)]
@@ -67,7 +65,7 @@ def cpu() -> dict[str, list[Row]]:
     pair += [Row(Case("pair", 1024, 151936, 576, dtype, trained=False), (OURS,), SLOW) for dtype in (FP32, BF16)]
     pair += [Row(Case("pair", 4096, 49152, 576, dtype), NO_PEERS, SLOW) for dtype in (FP32, BF16)]
     step = [Row(StepCase(), (OURS, "eager"), SLOW)]
-    scaling = [Row(case, (OURS, "eager", "TRL"), spread=True) for case in SCALED]
+    scaling = [Row(case, (OURS, "eager", "TRL"), visits=VISITS // 2) for case in SCALED]
     return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair, "step": step, "scaling": scaling}
 
 

@@ -1,9 +1,11 @@
 """What the benchmarks say must be so: fp64 truth against autograd, memory against a known allocation, bars, report, CLI."""
 
 import json
+import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from entropy_po.bench.implementations import OURS, eager_stats, implementations,
 from entropy_po.bench.measure import measure
 from entropy_po.bench.memory import known_bytes, phases
 from entropy_po.bench.problem import SAMPLED, Case, Problem
-from entropy_po.bench.timing import ratio, rotated, spread, time_interleaved
+from entropy_po.bench.timing import ratio, rotated, spread, time_interleaved, typical
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -107,6 +109,7 @@ def test_rounds_rotate_and_ratios_are_within_a_round(monkeypatch):
     assert {len(values) for values in seconds.values()} == {3}
     assert rotated("abc", 4) == [*"bca"]
     assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 2.0]) == 2.0  # the slow round was slow for both
+    assert typical([9.0, 1.0, 2.0]) == 1.5 and typical([4.0, 2.0]) == 2 and typical([3.0]) == 3  # the faster half
     assert spread([1.0]) == 0 and spread([1.0, 1.0, 1.0]) == 0 and spread([1.0, 2.0, 3.0]) == 0.5
 
 
@@ -141,23 +144,24 @@ def condensed(*processes):
 
 
 def test_rounds_of_several_processes_make_one_row():
-    """Of the first process are the errors; a round's ratio is of one process."""
+    """Of the first process are the errors; times are of the faster half of all."""
     machine, rows, memory, lacking = condensed((1.0, {"value": 1e-6}), (5.0, {}), (7.0, {}))
     (floor, ours), name = rows[0]["who"], rows[0]["name"]
     assert rows[0]["rounds"] == 3 and memory == [1.0, 5.0, 7.0] and lacking == {name: {"QuACK": "needs a GPU"}}
-    assert ours["readings_ms"] == [3000, 15000, 21000] and ours["ms"] == 15000 and floor["ms"] == 5000
+    assert ours["readings_ms"] == [3000, 15000, 21000] and ours["ms"] == 9000 and floor["ms"] == 3000
     assert ours["times_floor"] == pytest.approx(3) and ours["errors"] == {"value": 1e-6}
     assert floor["times_ours"] == pytest.approx(1 / 3)
     assert machine["readings"] == 18 and machine["of_new_memory"] == 6
 
 
-def test_a_copy_is_taken_at_the_best_rate_of_any():
-    """Of all rounds and cases: the larger's in the first process, and the smaller's as if it had that rate."""
+def test_a_copy_is_taken_at_the_median_rate_of_all():
+    """Of all rounds, 1, 5 and 7 s, of the smaller and of the larger with twice its bytes."""
     _, (_, small, large), *_ = condensed((1.0, {}), (5.0, {}), (7.0, {}))
-    for row, best, ours in ((small, 0.5, 5.0), (large, 1.0, 15.0)):
+    rate = statistics.median([1, 1 / 5, 1 / 7, 2, 2 / 5, 2 / 7])  # of the smaller's bytes a second
+    for row, size, ours in ((small, 1, 3.0), (large, 2, 9.0)):
         copy, found = row["who"]
-        assert copy["ms"] == pytest.approx(5000) and copy["best_ms"] == pytest.approx(1e3 * best)
-        assert found["times_floor"] == pytest.approx(ours / best / 0.5)
+        assert copy["ms"] == pytest.approx(3000) and copy["run_ms"] == pytest.approx(1e3 * size / rate)
+        assert found["times_floor"] == pytest.approx(ours / (size / rate) / 0.5)
 
 
 def test_a_failed_reading_costs_no_other(monkeypatch, tmp_path):
@@ -179,8 +183,8 @@ def test_a_failed_reading_costs_no_other(monkeypatch, tmp_path):
 
 
 def test_which_process_takes_which_readings():
-    """All take rounds of their own of the short ones, at the beginning and in the middle; each of the others has one process."""
-    spread = [row for rows in suites.cpu().values() for row in rows if row.spread]
+    """All take rounds of their own of the short ones, with others in between; each of these has one process."""
+    spread = [row for rows in suites.cpu().values() for row in rows if row.visits]
     assert len(spread) >= 10
 
     def ids(process):
@@ -197,10 +201,10 @@ def test_which_process_takes_which_readings():
         for number, names in enumerate(found):
             at = [i for i, name in enumerate(names) if f": {row.case.name}: floor, round " in name]
             rounds = [int(names[i].rsplit(" ", 1)[1].rstrip("]")) for i in at]
-            assert rounds == [*range(number * suites.VISITS, (number + 1) * suites.VISITS)]
-            between = names[at[0] : at[1]]
-            assert any(name.startswith(("hidden", "nll", "pair")) for name in between)
-    compact = [row for rows in suites.cpu().values() for row in rows if not row.spread]
+            assert rounds == [*range(number * row.visits, (number + 1) * row.visits)]
+            for start, stop in pairwise(at):
+                assert any(name.startswith(("hidden", "nll", "pair", "step")) for name in names[start:stop])
+    compact = [row for rows in suites.cpu().values() for row in rows if not row.visits]
     for row in compact:
         owners = [number for number, names in enumerate(found) if any(f": {row.case.name}: floor" in x for x in names)]
         assert len(owners) == 1

@@ -89,7 +89,7 @@ def _progress(steps, what: str):
 
 def _table(row: dict, failed: dict[str, str], memory: dict[str, dict[str, int]]) -> str:
     lines = [
-        f"{row['name']}: medians of {row['rounds']} interleaved rounds; floor: {row['floor']}",
+        f"{row['name']}: means of the faster half of {row['rounds']} interleaved rounds; floor: {row['floor']}",
         "",
         f"{'':32}{'ms':>9}{'x floor':>9}{'x ours':>8}{'error':>10}{'gradient':>10}{'peak MiB':>10}",
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from entropy_po.bench.implementations import OURS, implementations
 from entropy_po.bench.problem import COPY, Case, Problem
-from entropy_po.bench.timing import give_back_memory, ratio, spread, time_interleaved
+from entropy_po.bench.timing import give_back_memory, spread, time_interleaved, typical
 
 
 def one_line(error: Exception) -> str:
@@ -26,36 +25,32 @@ def summarised(
     scale: float,
     seconds: dict[str, list[float]],
     errors: dict[str, dict[str, float]],
-    best_copy: float | None = None,
+    copy_seconds: float | None = None,
 ) -> dict:
     """One row from readings in the order of their rounds.
 
     Args:
-        best_copy: seconds, where the floor is a copy: a bandwidth is told by the best of several, and those of one row may all
-            have found the machine at less. By default the best of the row's own.
+        copy_seconds: where the floor is a copy: what it takes at the bandwidth of a whole run. That of one row's copies is by a half more
+            or less from minute to minute on a shared machine. By default these all the same.
 
     Returns:
         name, case, floor (whose entry is the bare work itself), rounds, and `who`: per implementation its `readings_ms`, their
-        median `ms` and `spread`, `times_floor` and `times_ours` as medians of ratios within a round, and `errors`. Where the
-        floor is a copy, `times_floor` is over the best one, and its own entry has that one's `best_ms` in the place of `times_ours`.
+        `typical` one `ms`, what that is as a multiple of the floor's and of ours, `times_floor` and `times_ours`, their `spread`, and
+        `errors`. Where the floor is a copy, its own entry has `run_ms`, `copy_seconds`, in the place of `times_ours`.
     """
     rounds = min(map(len, seconds.values()))
-    bare = seconds[floor][:rounds]
-    if floor == COPY:
-        bare = [best_copy or min(bare)] * rounds
+    seconds = {implementation: values[:rounds] for implementation, values in seconds.items()}
+    times = {implementation: typical(values) for implementation, values in seconds.items()}
+    bare = times[floor] if floor != COPY or copy_seconds is None else copy_seconds
     who = []
     for implementation, values in seconds.items():
-        values = values[:rounds]
-        entry: dict[str, Any] = {
-            "name": implementation,
-            "ms": 1e3 * statistics.median(values),
-            "spread": spread(values),
-        }
-        entry["times_floor"] = ratio(values, bare) / scale
+        mean = times[implementation]
+        entry: dict[str, Any] = {"name": implementation, "ms": 1e3 * mean, "spread": spread(values)}
+        entry["times_floor"] = mean / bare / scale
         if implementation == COPY:
-            entry["best_ms"] = 1e3 * bare[0]
-        elif OURS in seconds:
-            entry["times_ours"] = ratio(values, seconds[OURS][:rounds])
+            entry["run_ms"] = 1e3 * bare
+        elif OURS in times:
+            entry["times_ours"] = mean / times[OURS]
         entry["errors"] = errors.get(implementation, {})
         entry["readings_ms"] = [float(f"{1e3 * value:.5g}") for value in values]
         who.append(entry)
