@@ -82,7 +82,7 @@ def long() -> dict[str, list[Row]]:
 
 def _long_row(case: Case) -> Row:
     peers = PAIR_PEERS if case.n * case.v < 3e8 else ()
-    rounds = None if case.flops < 5e11 else SLOW if case.flops < 4e12 else 1
+    rounds = None if case.flops < 5e11 else SLOW if case.flops < 2e12 else 1
     return Row(case, (*NO_PEERS, *peers) if case.trained else (OURS,), rounds)
 
 

@@ -346,6 +346,15 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_torch_compile_changes_nothing(tmp_path):
+    """The hook that catches what the head would read is another in every call; a graph must not remember the first one's."""
+    plain = make_trainer(tmp_path / "plain", max_steps=3)
+    compiled = make_trainer(tmp_path / "compiled", max_steps=3, torch_compile=True, torch_compile_backend="aot_eager")
+    losses = [trainer.train().training_loss for trainer in (plain, compiled)]
+    assert type(compiled.model_wrapped).__name__ == "OptimizedModule"
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_router_loss_of_a_mixture_of_experts_is_added(tmp_path):
     model = make_model(family="Mixtral", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5)
     trainer = make_trainer(tmp_path, model=model)

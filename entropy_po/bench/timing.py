@@ -113,9 +113,9 @@ def time_interleaved(
 
 
 def typical(seconds: Sequence[float]) -> float:
-    """The mean of the faster half. What else a machine does only ever adds time, and how much differs from one hour to the next: of two
-    runs these means agree better than medians do, and than medians of ratios within a round."""
-    return statistics.fmean(sorted(seconds)[: (len(seconds) + 1) // 2])
+    """The mean of the faster half, of at least two. What else a machine does only ever adds time, and how much differs from one hour to
+    the next: of two runs these means agree better than medians do, and than medians of ratios within a round."""
+    return statistics.fmean(sorted(seconds)[: max(2, len(seconds) // 2)])
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
