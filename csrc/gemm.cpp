@@ -260,7 +260,7 @@ template <class E>
 class Lines {
  public:
   Lines(const Operand<E>& x, int64_t first, int64_t blocks, int64_t begin, int64_t depth) {
-    if (blocks <= 0) return;
+    if (blocks <= 0 || depth == 0) return;
     const int64_t start = first * x.width, size = std::min(blocks * x.width, x.size - start);
     const int64_t rows = x.along_k ? size : depth, length = x.along_k ? depth : size;
     row_ = x.data + (x.along_k ? start * x.stride + begin : begin * x.stride + start);
