@@ -1,8 +1,8 @@
 """Wires the suites into pytest-benchmark: `python -m benchmarks` runs all of them and writes the report.
 
 A test is one reading: one implementation, of one case, in one round. Readings of a round follow one another and every
-round starts one implementation further on, so a machine that slows down slows all of them, and the report compares within
-rounds. `pytest benchmarks --benchmark-enable -k "pair and TRL"` runs some.
+round starts one implementation further on, so a machine that slows down slows all of them. `pytest benchmarks
+--benchmark-enable -k "pair and TRL"` runs some.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         f"{machine['clock_mhz'] or 'unknown'} MHz, load {machine['load_1min']} at the end. {versions}.",
         "",
         "Times are means of the faster half of interleaved rounds, for what else a machine does only ever adds to them; where a call takes "
-        "milliseconds the rounds are spread over the whole run and two processes. Ratios are of these times, but for those to a copy: "
+        "milliseconds the rounds are spread over the whole run and several processes. Ratios are of these times, but for those to a copy: "
         "that is taken at the median rate of the run's. "
         "Errors are against fp64: the worst output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
         "bold.",

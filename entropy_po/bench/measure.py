@@ -31,7 +31,7 @@ def summarised(
 
     Args:
         copy_seconds: where the floor is a copy: what it takes at the bandwidth of a whole run. That of one row's copies is by a half more
-            or less from minute to minute on a shared machine. By default these all the same.
+            or less from minute to minute on a shared machine. By default it is these all the same.
 
     Returns:
         name, case, floor (whose entry is the bare work itself), rounds, and `who`: per implementation its `readings_ms`, their
