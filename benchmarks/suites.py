@@ -71,18 +71,18 @@ def cpu() -> dict[str, list[Row]]:
 
 
 def long() -> dict[str, list[Row]]:
-    """Pairs that take up to minutes a reading on a CPU; peers where all of their logits are small beside its memory."""
+    """Pairs that take up to minutes a reading on a CPU; peers where what they hold is small beside its memory."""
     return {"pair": [
         _long_row(Case("pair", n, v, d, dtype, trained))
-        for n, v, d in ((1024, 49152, 1024), (1024, 151936, 1024), (16384, 49152, 576), (16384, 49152, 1024),
-                        (16384, 151936, 576), (16384, 151936, 1024))
+        for n, v, d in ((1024, 49152, 1024), (1024, 151936, 1024), (4096, 49152, 576), (16384, 49152, 576),
+                        (16384, 49152, 1024), (16384, 151936, 576), (16384, 151936, 1024))
         for dtype in (FP32, BF16) for trained in (True, False) if trained or 2 * n * v * d < 1.5e12
     ]}  # fmt: skip
 
 
 def _long_row(case: Case) -> Row:
-    peers = PAIR_PEERS if case.n * case.v < 3e8 else ()
-    rounds = None if case.flops < 5e11 else SLOW if case.flops < 2e12 else 1
+    peers = PAIR_PEERS if case.n * case.v < 3e8 else ("TRL",) if case.flops < 3e12 else ()
+    rounds = None if case.flops < 5e11 else SLOW if case.flops < 1e13 else 1
     return Row(case, (*NO_PEERS, *peers) if case.trained else (OURS,), rounds)
 
 

@@ -330,6 +330,17 @@ def test_a_long_answer_s_log_prob_is_no_sum_of_rounded_ones(strategy, trained):
         strategy=strategy,
     )
     assert same.margins.abs().item() < 1e-6
+    if strategy == "deferred" and trained:
+        return
+    seen = []
+
+    def one_s_own(batch):
+        seen.append(batch.logps.detach())
+        return batch.logps.sum()
+
+    output = sequence_loss(hidden, weight, labels, cu, one_s_own, coupled=2, strategy=strategy)
+    assert (output.strategy, len(seen)) == (strategy, 1)
+    assert (seen[0] - lengths * exact).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -110,10 +110,22 @@ def linear_token_stats(
     only_logps = "logps" in outputs and not ("entropy" in outputs and expect_entropy_grad)
     ahead = only_logps and vocab_group is None and _only_hidden_states(hidden_states, weight, bias)
     options = schema.flat_options(transform, ignore_index, outputs, backend, vocab_group)
-    results = torch.ops.entropy_po.linear_token_stats(
-        hidden_states, weight, bias, labels, *options, int(workspace_bytes), ahead
-    )
-    return schema.token_stats_from_flat(results, outputs, labels.shape)
+    return stats_and_state(hidden_states, weight, bias, labels, options, int(workspace_bytes), ahead)[0]
+
+
+def stats_and_state(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    options: schema.FlatOptions,
+    workspace_bytes: int,
+    ahead: bool,
+) -> tuple[TokenStats, Tensor]:
+    """The operator itself: differentiable outputs, and the row state that they were made of, as `fold` returns it. `ahead`: with
+    d logps / d hidden made on the way, for a frozen head."""
+    results = torch.ops.entropy_po.linear_token_stats(hidden, weight, bias, labels, *options, workspace_bytes, ahead)
+    return schema.token_stats_from_flat(results, options[6], labels.shape), results[-2]
 
 
 def _only_hidden_states(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

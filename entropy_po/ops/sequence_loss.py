@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_po.ops import checks, parallel, schema, sequences
-from entropy_po.ops.linear_token_stats import linear_token_stats
+from entropy_po.ops import checks, linear_token_stats, parallel, schema, sequences
 from entropy_po.ops.lm_head import LmHead
 from entropy_po.ops.sequences import GradientSums, RowTiles, Sequences
 from entropy_po.plan import Choice, SequencePlan, Strategy, row_slices
-from entropy_po.types import IfAsked, OutputName, state_dtype
+from entropy_po.types import IfAsked, OutputName, exact_logps, state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,7 +33,7 @@ class SequenceBatch(NamedTuple):
     sequence_ids: Tensor  # [n] int64
     lengths: Tensor  # int64, labelled tokens of every sequence of the call
     sequences: slice | Any = None  # which sequences; None where a term reads one token alone
-    logps: IfAsked = None  # [S], fp64, sums over each sequence's tokens
+    logps: IfAsked = None  # [S], fp64, sums over each sequence's tokens, of which none was rounded to fp32
     entropy: IfAsked = None  # [S], fp64
 
 
@@ -150,39 +149,28 @@ def sequence_loss(
     plan = sequences.plan_for(head, seqs, needs, strategy, workspace_bytes, coupled=coupled, row_by_row=row_by_row)
     batches = _Batches(head, seqs, coupled)
     if plan.choice.name in ("recompute", "deferred"):
-        stats = linear_token_stats(
-            hidden_states,
-            weight,
-            labels,
-            bias=bias,
-            outputs=outputs,
-            temperature=temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            keep_mask=keep_mask,
-            ignore_index=ignore_index,
-            workspace_bytes=plan.choice.workspace_bytes,
-            vocab_group=vocab_group,
-            backend=backend,
+        stats, state = linear_token_stats.stats_and_state(
+            *inputs, labels, options, plan.choice.workspace_bytes, ahead=plan.choice.name == "deferred"
         )
-        kept: list[IfAsked] = [None if x is None else x if head.kept is None else x[head.kept] for x in stats[:2]]
-        loss = _checked(
-            loss_fn(batches.of(slice(0, head.num_kept), slice(0, len(seqs)), *kept)), stats.logps.requires_grad
-        )
-        detached: list[IfAsked] = [None if x is None else x.detach() for x in kept]
-        token_logps, token_entropy = detached
+        kept = slice(None) if head.kept is None else head.kept
+        token_logps = stats.logps[kept]
+        token_entropy: IfAsked = stats.entropy[kept] if "entropy" in outputs else None
+        exact = exact_logps(state[:, : head.num_kept])
+        everything = slice(0, head.num_kept), slice(0, len(seqs))
+        batch = batches.of(*everything, token_logps, exact, token_entropy)
+        loss = _checked(loss_fn(batch), stats.logps.requires_grad)
     else:
-        loss, token_logps, token_entropy = _Resident.apply(  # type: ignore[no-untyped-call]
+        loss, token_logps, exact, token_entropy = _Resident.apply(  # type: ignore[no-untyped-call]
             *inputs, head, plan, batches, loss_fn, needs
         )
     if not coupled:
         loss = seqs.ranks.sum(loss)
     return SequenceLossOutput(
         loss.to(state_dtype(hidden_states.dtype)),
-        seqs.sums(token_logps).to(token_logps.dtype),
-        seqs.sums(token_entropy).to(token_logps.dtype) if "entropy" in outputs else None,
+        seqs.sums(exact).to(token_logps.dtype),
+        seqs.sums(token_entropy.detach()).to(token_logps.dtype) if "entropy" in outputs else None,
         seqs.lengths,
-        head.scatter(token_logps),
+        head.scatter(token_logps.detach()),
         plan.choice,
     )
 
@@ -195,12 +183,14 @@ class _Batches:
         self.rows = torch.arange(head.num_rows, device=head.labels.device) if head.kept is None else head.kept
         self.sequence_ids = seqs.per_row(torch.arange(len(seqs), device=head.labels.device))
 
-    def of(self, rows: slice, part: slice, logps: Tensor, entropy: Tensor | None) -> SequenceBatch:
-        """Of the kept rows `rows`, which are sequences `part` unless a term reads one token alone."""
+    def of(self, rows: slice, part: slice, logps: Tensor, exact: Tensor, entropy: Tensor | None) -> SequenceBatch:
+        """Of the kept rows `rows`, which are sequences `part` unless a term reads one token alone. `exact`: `logps` before they
+        were rounded."""
         batch = SequenceBatch(logps, entropy, self.rows[rows], self.sequence_ids[rows], self.seqs.lengths)
         if not self.coupled:
             return batch
-        sums = [None if x is None else self.seqs.sums(x, part.start, part.stop) for x in (logps, entropy)]
+        to_sum = _Unrounded.apply(logps, exact), entropy  # type: ignore[no-untyped-call]
+        sums = [None if x is None else self.seqs.sums(x, part.start, part.stop) for x in to_sum]
         return batch._replace(sequences=part, logps=sums[0], entropy=sums[1])
 
     def parts(self, plan: SequencePlan) -> Iterator[tuple[slice, slice]]:
@@ -210,6 +200,19 @@ class _Batches:
             yield from ((rows, slice(0, 0)) for rows in parts)
         for group in plan.groups:  # those without a label too: their terms are part of the loss
             yield self.seqs.rows(group.start, group.stop), slice(group.start, group.stop)
+
+
+class _Unrounded(torch.autograd.Function):
+    """Log-probs in fp64 as they were before they were rounded, with the gradient of those that were."""
+
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, exact: Tensor) -> Tensor:
+        ctx.dtype = logps.dtype
+        return exact.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
 
 class _Resident(torch.autograd.Function):
@@ -226,7 +229,7 @@ class _Resident(torch.autograd.Function):
         batches: _Batches,
         loss_fn: LossFunction,
         needs: tuple[bool, ...],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tiles = RowTiles(head, plan.weight_cols)
         parts = list(batches.parts(plan))
         tiles.reserve(rows for rows, _ in parts)
@@ -238,7 +241,8 @@ class _Resident(torch.autograd.Function):
                 leaves = [tiles.logps[rows].clone().requires_grad_()]
                 if head.level:
                     leaves.append(tiles.entropy[rows].clone().requires_grad_())
-                batch = batches.of(rows, part, leaves[0], leaves[1] if head.level else None)
+                exact, entropy = tiles.exact_logps[rows], leaves[1] if head.level else None
+                batch = batches.of(rows, part, leaves[0], exact, entropy)
                 loss = _checked(loss_fn(batch), True)
                 _refuse_other_leaves(loss, leaves)
                 upstream = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -250,8 +254,8 @@ class _Resident(torch.autograd.Function):
             sums.add(rows, gradient, states, sums.vocab)
         ctx.save_for_backward(*sums.finish())
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(tiles.logps, tiles.entropy)
-        return total, tiles.logps, tiles.entropy
+        ctx.mark_non_differentiable(tiles.logps, tiles.exact_logps, tiles.entropy)
+        return total, tiles.logps, tiles.exact_logps, tiles.entropy
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
