@@ -177,10 +177,9 @@ class EntropyObjective:
         eps = check_smoothing(loss, label_smoothing)
         z = at_least_fp32("margin", margin)
         if loss == "sigmoid":
-            value = -(1 - eps) * F.logsigmoid(z) - eps * F.logsigmoid(-z)
-            return value, eps * torch.sigmoid(z) - (1 - eps) * torch.sigmoid(-z)
+            return _log_losses(z, 1 - eps, eps), eps * torch.sigmoid(z) - (1 - eps) * torch.sigmoid(-z)
         if loss == "robust":
-            value = eps * F.logsigmoid(-z) - (1 - eps) * F.logsigmoid(z)
+            value = _log_losses(z, 1 - eps, -eps)
             slope = -eps * torch.sigmoid(z) - (1 - eps) * torch.sigmoid(-z)
             return value / (1 - 2 * eps), slope / (1 - 2 * eps)
         if loss == "ipo":
@@ -259,6 +258,12 @@ class EntropyObjective:
             )
         same_shape(name, ref_logps, like, like_name)
         return at_least_fp32(name, ref_logps)
+
+
+def _log_losses(z: Tensor, as_labelled: float, flipped: float) -> Tensor:
+    """-as_labelled log sigmoid(z) - flipped log sigmoid(-z); a term of weight 0 is none, also where it is infinite."""
+    value = -as_labelled * F.logsigmoid(z)
+    return value - flipped * F.logsigmoid(-z) if flipped else value
 
 
 def check_smoothing(loss: str, label_smoothing: float) -> float:

@@ -153,6 +153,10 @@ class Choice(NamedTuple):
     def reason(self) -> str:
         return WHY[self.why].format(**self._asdict())
 
+    @property
+    def by_name(self) -> bool:
+        return self.why == _BY_NAME
+
 
 WHY = (
     "asked for by name",
@@ -244,7 +248,7 @@ def plan_sequences(
         ValueError: an unknown strategy, or "deferred" for a loss that cannot be.
     """
     check_strategy(strategy)
-    if strategy == "deferred" and not (can_defer or row_by_row):
+    if strategy == "deferred" and wanted and not (can_defer or row_by_row):
         raise ValueError(
             "strategy='deferred' is for losses that see a pair through its margin alone, and for log-probs under a frozen head; "
             "use 'auto'."

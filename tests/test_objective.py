@@ -195,6 +195,17 @@ def test_extreme_margins_stay_finite(loss, eps, dtype):
         assert value[0] == -z[0].item() and value[-1] == 0 and slope[0] == -1 and slope[-1] == 0
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "robust"])
+def test_a_pair_that_cannot_be_lost_costs_nothing(loss):
+    """A rejected answer that the policy cannot give: z is infinite, and a smoothing of 0 times an infinite term no term."""
+    objective = EntropyObjective.dpo(beta=0.1)
+    z = torch.tensor([INF, -INF], requires_grad=True)
+    value, slope = objective.pair_loss_and_slope(z, loss)
+    assert value.tolist() == [0, INF] and slope.tolist() == [0, -1]
+    value[0].backward()
+    assert z.grad.tolist() == [0, 0]
+
+
 def test_margin_and_loss_gradcheck(gen):
     logps = tuple(randn(gen, 3).requires_grad_() for _ in range(4))
     objective = EntropyObjective.hdpo(0.4, 1.3)

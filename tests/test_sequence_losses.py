@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from entropy_po import EntropyObjective, linear_preference_loss, sequence_loss
-from entropy_po.ops import gemm
+from entropy_po.ops import gemm, sequences
 from entropy_po.testing import allocations
 
 OBJECTIVE = EntropyObjective.hdpo(beta=0.1, alpha=1.2)
@@ -154,24 +154,85 @@ def test_transforms(strategy):
 
 
 @pytest.mark.parametrize("same_weight", [True, False])
-def test_reference_in_the_same_pass(same_weight):
-    hidden, weight, bias, labels = problem()
-    ref_hidden, ref_weight, ref_bias = torch.randn(N, 24), torch.randn(V, 24) / 5, torch.randn(V)
-    if same_weight:
-        ref_hidden, ref_weight, ref_bias = torch.randn(N, D), weight, bias
-    ref = exact_sums(ref_hidden.double(), ref_weight.double(), ref_bias.double(), labels)[0].view(3, 2)
-    inputs, exact_inputs = leaves(hidden, weight, bias), exact_leaves(hidden, weight, bias)
-    given = {} if same_weight else {"ref_weight": ref_weight, "ref_bias": ref_bias}
-    output = linear_preference_loss(
-        inputs[0], inputs[1], labels, CU, bias=inputs[2], objective=OBJECTIVE, ref_hidden_states=ref_hidden, **given
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strategy", ["auto", "resident", "deferred", "recompute"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_reference_in_the_same_pass(same_weight, dtype, strategy, trained):
+    """Under the policy's own transform, of hidden states that want no gradient even where they could have one."""
+    hidden, weight, bias, labels = problem(dtype)
+    ref_hidden, ref_weight, ref_bias = (
+        x.to(dtype) for x in (torch.randn(N, 24), torch.randn(V, 24) / 5, torch.randn(V))
     )
+    if same_weight:
+        ref_hidden, ref_weight, ref_bias = torch.randn(N, D).to(dtype), weight, bias
+    keep = torch.rand(N, V) < 0.7
+    keep[torch.arange(N), labels.clamp_min(0)] = True
+    transform = {"logit_scale": 0.8, "softcap": 6.0, "temperature": torch.rand(N) + 0.5, "keep_mask": keep}
+    exact_ref = (ref_hidden.double(), ref_weight.double(), ref_bias.double())
+    ref = exact_sums(*exact_ref, labels, **transform)[0].view(3, 2)
+    inputs, exact_inputs = leaves(hidden, weight, bias), exact_leaves(hidden, weight, bias)
+    ref_hidden.requires_grad_()
+    given = {} if same_weight else {"ref_weight": ref_weight, "ref_bias": ref_bias}
+    if not trained:
+        inputs[1:] = (x.detach() for x in inputs[1:])
+    output = linear_preference_loss(
+        inputs[0], inputs[1], labels, CU, bias=inputs[2], objective=OBJECTIVE, ref_hidden_states=ref_hidden,
+        strategy=strategy, workspace_bytes=SMALL, **transform, **given,
+    )  # fmt: skip
     assert torch.allclose(output.ref_logps.double(), ref, atol=1e-4)
-    assert_same(output.loss, inputs, exact_loss(exact_inputs, labels, ref), exact_inputs)
+    exact = exact_loss(exact_inputs, labels, ref, **transform)
+    count = 3 if trained else 1
+    assert_same(output.loss, inputs[:count], exact, exact_inputs[:count])
+    assert ref_hidden.grad is None
+
+
+@pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_name_is_obeyed_whatever_the_budget(strategy, trained):
+    hidden, weight, bias, labels = problem()
+    inputs, exact_inputs = leaves(hidden, weight, bias), exact_leaves(hidden, weight, bias)
+    ref_hidden, ref_weight = torch.randn(N, 512), torch.randn(V, 512) / 20
+    ref = exact_sums(ref_hidden.double(), ref_weight.double(), torch.zeros(V), labels)[0].view(3, 2)
+    count = 3 if trained else 1
+    inputs[count:] = (x.detach() for x in inputs[count:])
+    output = call(
+        inputs, labels, None, ref_hidden_states=ref_hidden, ref_weight=ref_weight, strategy=strategy, workspace_bytes=1
+    )
+    assert output.strategy == strategy
+    assert_same(output.loss, inputs[:count], exact_loss(exact_inputs, labels, ref), exact_inputs[:count])
+    if strategy != "deferred" or not trained:
+        output = sequence_loss(
+            *inputs[:2], labels, FULL, lambda b: b.logps.sum(), bias=inputs[2], strategy=strategy, workspace_bytes=1
+        )
+        assert output.strategy == strategy
+
+
+@pytest.mark.parametrize("strategy, workspace", STRATEGIES)
+def test_small_fp16_gradients_live_until_the_loss_is_scaled(strategy, workspace):
+    """fp16 has nothing below 6e-8: rounded to it before GradScaler's factor is known, most of these would be 0."""
+    data = problem(torch.float16)
+    inputs, exact_inputs = leaves(*data[:3]), exact_leaves(*data[:3])
+    ref, weights = torch.randn(3, 2) * 3 - 50, torch.full((3,), 1e-6)
+    output = call(inputs, data[3], ref, strategy=strategy, workspace_bytes=workspace, pair_weights=weights)
+    (output.loss * 2.0**18).backward()
+    (exact_loss(exact_inputs, data[3], ref, pair_weights=weights) * 2.0**18).backward()
+    for x, truth in zip(inputs, exact_inputs, strict=True):
+        assert 0 < truth.grad.abs().max() / 2**18 < 1e-6
+        oracles.assert_gradient(x.grad, truth.grad, upstream=0.03)
 
 
 @pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
 @pytest.mark.parametrize(
-    "trained", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+    "trained",
+    [
+        (True, True, True),
+        (True, True, False),
+        (True, False, True),
+        (False, True, True),
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ],
 )
 def test_gradients_only_where_needed(strategy, trained):
     hidden, weight, bias, labels = problem()
@@ -262,15 +323,19 @@ def test_no_grad_is_one_pass(caplog):
     assert output.loss.item() == pytest.approx(call(inputs, data[3], ref).loss.item(), rel=1e-6)
 
 
-def test_the_choice_is_on_the_output_and_in_the_log(caplog):
+def test_the_choice_is_on_the_output_and_in_the_log(caplog, monkeypatch):
     data = problem()
     inputs, ref = leaves(*data[:3]), torch.randn(3, 2) - 50
+    monkeypatch.setattr(sequences, "_logged", set())
+    call(inputs, data[3], ref, workspace_bytes=54_321)  # nobody listens: that does not count
     with caplog.at_level(logging.INFO, logger="entropy_po"):
         output = call(inputs, data[3], ref, workspace_bytes=54_321)
-        call(inputs, data[3], ref, workspace_bytes=54_321)
+        call(inputs, data[3], ref, workspace_bytes=54_000)  # the same choice, of other numbers
+        sequence_loss(*inputs[:2], data[3], FULL, lambda batch: batch.logps.sum(), bias=inputs[2])
     assert output.strategy == "recompute" and "54321 bytes hold" in output.reason
-    messages = [record.getMessage() for record in caplog.records if "54321" in record.getMessage()]
-    assert messages == [f"linear_preference_loss: {output.strategy} ({output.reason})"]
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == f"gradients of sequences: {output.strategy} ({output.reason})"
+    assert second.startswith("gradients of sequences: resident (")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -352,9 +417,11 @@ def test_peak_memory_is_gradients_and_the_budget(trained, strategy):
     cu = torch.arange(0, n + 1, 512 if strategy == "resident" else n // 2)
     objective = EntropyObjective.qempo(lam=10.0)
 
+    options = {}
+
     def run():
         linear_preference_loss(
-            hidden, weight, labels, cu, objective=objective, strategy=strategy, workspace_bytes=budget
+            hidden, weight, labels, cu, objective=objective, strategy=strategy, workspace_bytes=budget, **options
         ).loss.backward()
 
     peak, largest = allocations(run)
@@ -362,6 +429,10 @@ def test_peak_memory_is_gradients_and_the_budget(trained, strategy):
     per_row = n * 4 * 24  # labels compared, row state, its fp64 copies, log-probs and entropies
     assert peak <= gradients + per_row + 1.1 * budget
     assert largest <= max(budget, hidden.nbytes, weight.nbytes) < n * v * 4
+    labels[0] = -100  # the kept rows of a mask are no copy of it
+    options["keep_mask"] = torch.ones(n, v, dtype=torch.bool)
+    masked, _ = allocations(run)
+    assert masked <= peak + budget // 4 + hidden.nbytes + (64 << 10) < peak + n * v
     if strategy == "resident":
         assert budget // 2 < largest  # the measurement sees the tile
 
@@ -465,15 +536,18 @@ def test_bad_input_is_named(change, message):
 # --- the operator's contract with torch
 
 
-def test_opcheck():
-    data = problem(n=20)
+@pytest.mark.parametrize("strategy", ["auto", "deferred", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reference, needs", [(False, [True, True, True]), (True, [True, False, False])])
+def test_opcheck(strategy, dtype, reference, needs):
+    data = problem(dtype, n=20)
     cu = torch.tensor([0, 6, 11, 15, 20])
-    inputs = leaves(*data[:3])
+    inputs = [x.clone().requires_grad_(need) for x, need in zip(data[:3], needs, strict=True)]
     flat = (None, None, 1.0, 1.0, None, -100, ["logps", "entropy"], "", "")
+    ref = (None, *data[:3]) if reference else (torch.zeros(4), None, None, None)
     torch.library.opcheck(
         torch.ops.entropy_po.linear_preference_loss.default,
-        (*inputs, data[3], cu, torch.zeros(4), None, None, None, None, *flat, 0.1, 0.1, "sigmoid", 0.0, 0.0, True,
-         "auto", None, "", [True, True, True]),
+        (*inputs, data[3], cu, *ref, torch.rand(2), *flat, 0.1, 0.1, "sigmoid", 0.0, 0.0, True, strategy, None, "", needs),
     )  # fmt: skip
 
 
@@ -617,6 +691,38 @@ def test_a_loss_that_would_lose_gradients_is_refused():
         run(simpo, coupled=2, strategy="deferred")
     with pytest.raises(ValueError, match="only logps and entropy"):
         run(simpo, coupled=2, outputs=("lse",))
+
+
+@pytest.mark.parametrize("strategy", ["resident", "recompute", "deferred"])
+def test_a_loss_of_ones_own_without_grad_is_one_pass(strategy):
+    """A call that trains with a strategy evaluates with it too."""
+    hidden, weight, _, labels = problem()
+    with torch.no_grad():
+        output = sequence_loss(hidden, weight, labels, FULL, simpo, coupled=2, strategy=strategy)
+    assert not output.loss.requires_grad and "no gradient" in output.reason
+
+
+@pytest.mark.parametrize("strategy", ["resident", "recompute"])
+def test_a_loss_of_ones_own_inside_a_checkpoint(strategy):
+    """Made twice, in the forward and in the backward, and not once more for each tile."""
+    hidden, weight, _, labels = problem()
+    plain, inside, seen = leaves(hidden, weight), leaves(hidden, weight), []
+
+    def loss(*inputs):
+        def counted(batch):
+            seen.append(batch.sequences)
+            return simpo(batch)
+
+        return sequence_loss(*inputs, labels, FULL, counted, coupled=2, strategy=strategy, workspace_bytes=SMALL).loss
+
+    loss(*plain).backward()
+    calls = len(seen)
+    assert calls > 1 or strategy == "recompute"
+    seen.clear()
+    checkpoint(loss, *inside, use_reentrant=False).backward()
+    assert len(seen) == 2 * calls
+    for a, b in zip(plain, inside, strict=True):
+        assert torch.equal(a.grad, b.grad)
 
 
 def test_tokens_alone_never_need_a_second_product():

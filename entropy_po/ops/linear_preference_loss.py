@@ -7,9 +7,7 @@ makes logits, their gradient, dH and dW tile by tile and multiplies c in at the 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from entropy_po.tiles import BackendName
-
-logger = logging.getLogger("entropy_po")
 
 schema.LIBRARY.define(
     "linear_preference_loss(Tensor hidden_states, Tensor weight, Tensor? bias, Tensor labels, Tensor cu_seqlens, "
@@ -124,7 +120,7 @@ def linear_preference_loss(
         pair_weights: [B], constants.
         reduction: "mean" or "sum".
         workspace_bytes: bound on what lives beside inputs, gradients and the fp32 sum of a half-precision weight's
-            gradient; None for 256 MiB on a CPU and a quarter of the free memory on a GPU, with a frozen head for 64 MiB and
+            gradient (of the hidden states' too over a vocab_group, or on a CPU without bf16 products); None for 256 MiB on a CPU and a quarter of the free memory on a GPU, with a frozen head for 64 MiB and
             1 GiB.
         strategy: "auto", "resident", "deferred" or "recompute" (`entropy_po.plan.plan_sequences`); a name is obeyed.
         vocab_group: the ranks that split the vocabulary, as in `linear_token_stats`; ref_weight is split as weight is.
@@ -313,9 +309,9 @@ def _forward(
     plan = sequences.plan_for(
         head, seqs, needs, strategy, workspace_bytes, row_by_row, coupled=2, can_defer=True, anchored=nll_coef > 0
     )
-    budget = plan.choice.workspace_bytes
+    budget = sequences.any_shape_budget(head, plan)
     if ref_hidden is not None:
-        ref_logps = _reference_logps(ref_hidden, ref_weight, ref_bias, labels, seqs, options, budget)
+        ref_logps = _reference_logps(ref_hidden, ref_weight, ref_bias, labels, seqs, options, plan)
     if pair_weights is None:
         pair_weights = hidden.new_ones(num_pairs, dtype=torch.float64)
     pair_loss = _PairLoss(
@@ -326,7 +322,6 @@ def _forward(
         None if ref_logps is None else ref_logps.double(),
         pair_weights.double() / (max(num_pairs, 1) if mean else 1),
     )
-    _log(plan.choice.name, plan.choice.reason)
     if plan.choice.name == "recompute":
         token_logps, token_entropy, grads = _recompute(head, seqs, pair_loss, budget, needs)
     elif plan.choice.name == "deferred" and row_by_row:
@@ -356,11 +351,11 @@ def _reference_logps(
     labels: Tensor,
     seqs: Sequences,
     options: schema.FlatOptions,
-    workspace_bytes: int,
+    plan: SequencePlan,
 ) -> Tensor:
     """[2B] in fp64, tile by tile and without gradient."""
     head = LmHead(hidden, weight, bias, labels, (*options[:6], ["logps"], *options[7:]))
-    state = linear_token_stats.fold(head, workspace_bytes)
+    state = linear_token_stats.fold(head, sequences.any_shape_budget(head, plan))
     return seqs.sums(exact_logps(state[:, : head.num_kept]))
 
 
@@ -374,7 +369,7 @@ def _recompute(
     if any(needs):
         upstream = pair_loss.upstream(seqs.sums(logps), seqs.lengths, 0, len(seqs))
         g_logp = seqs.per_row(upstream).to(head.arithmetic)
-        grads = linear_token_stats.gradients(head, workspace_bytes, state, g_logp, None, needs)
+        grads = linear_token_stats.gradients(head, workspace_bytes, state, g_logp, None, needs, to_be_scaled=True)
     return logps, entropy, grads
 
 
@@ -488,12 +483,6 @@ def _deferred(
         sums.vocab.add_(second, scalar)
     sums.scale_hidden_(chosen, scalar - anchor)
     sums.scale_hidden_(rejected, scalar)
-
-
-@cache
-def _log(strategy: str, reason: str) -> None:
-    """Each choice once a process, not once a step."""
-    logger.info("linear_preference_loss: %s (%s)", strategy, reason)
 
 
 def _fake_forward(

@@ -182,19 +182,28 @@ def _empty_state(head: LmHead) -> Tensor:
 
 
 def gradients(
-    head: LmHead, workspace_bytes: int, state: Tensor, g_logp: Tensor | None, g_ent: Tensor | None, needs: list[bool]
+    head: LmHead,
+    workspace_bytes: int,
+    state: Tensor,
+    g_logp: Tensor | None,
+    g_ent: Tensor | None,
+    needs: list[bool],
+    to_be_scaled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dH, dW and dbias, empty where not needed, from upstream gradients at the kept rows: a second pass over the logits."""
+    """dH, dW and dbias, empty where not needed, from upstream gradients at the kept rows: a second pass over the logits.
+    `to_be_scaled`: in the dtype that a gradient is kept in until its upstream scalar is known, not in the input's."""
     plan, n = _plan(head, workspace_bytes), head.num_kept
+    dtype_for = sequences.held_dtype if to_be_scaled else lambda dtype: dtype
     need_hidden, need_weight, need_bias = needs
     hidden, weight, bias = head.hidden, head.weight, head.transform.bias
     hidden_sum: HiddenSum | None = None
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
     if need_hidden:
-        hidden_sum = HiddenSum(head, products=-(-plan.v // plan.cols), dtype=hidden.dtype)
+        hidden_sum = HiddenSum(head, products=-(-plan.v // plan.cols), dtype=dtype_for(hidden.dtype))
     if need_weight:
-        grad_weight = (torch.empty if n else torch.zeros)(weight.shape, dtype=weight.dtype, device=weight.device)
+        make = torch.empty if n else torch.zeros
+        grad_weight = make(weight.shape, dtype=dtype_for(weight.dtype), device=weight.device)
     if need_bias:
         grad_bias = torch.zeros(head.vocab_size, dtype=head.arithmetic, device=weight.device)
     for rows, cols, hidden_rows, weight_rows, tile in _tiles(head, plan):
@@ -203,7 +212,7 @@ def gradients(
         if hidden_sum is not None:
             hidden_sum.add_product(rows, gradient, weight_rows, cols.start == 0)
         if grad_weight is not None:
-            whole = plan.one_row_tile and gradient.dtype == weight.dtype
+            whole = plan.one_row_tile and gradient.dtype == grad_weight.dtype
             shape = (cols.stop - cols.start, head.dim)
             total = grad_weight[cols] if whole else head.scratch("dW", shape, head.arithmetic)
             head.add_product(total, gradient.t(), hidden_rows, rows.start == 0)
@@ -215,7 +224,7 @@ def gradients(
     return (
         empty if hidden_sum is None else hidden_sum.finish(),
         empty.clone() if grad_weight is None else grad_weight,
-        empty.clone() if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        empty.clone() if grad_bias is None or bias is None else grad_bias.to(dtype_for(bias.dtype)),
     )
 
 

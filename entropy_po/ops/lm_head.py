@@ -14,7 +14,7 @@ from entropy_po import tiles
 from entropy_po.ops import checks, gemm, schema
 from entropy_po.ops.gemm import Operand
 from entropy_po.plan import slices
-from entropy_po.types import Level, TokenStats, Transform, new_state, state_dtype, state_memory
+from entropy_po.types import Level, TokenStats, new_state, state_dtype, state_memory
 
 
 class LmHead:
@@ -51,16 +51,18 @@ class LmHead:
         kept = (labels != self.ignore_index).nonzero()[:, 0]
         self.kept = None if kept.numel() == labels.numel() else kept  # None: all rows, which costs nothing
         self.labels = labels.contiguous() if self.kept is None else labels[kept]
-        transform = schema.transform_from_options(options, bias)
-        self.transform = transform if self.kept is None else _rows_of(transform, kept)
+        self.transform = schema.transform_from_options(options, bias)  # its rows are the call's
 
     @property
     def num_kept(self) -> int:
         return self.labels.numel()
 
+    def _places(self, rows: slice) -> slice | Tensor:
+        """Where kept rows are among all rows of the call."""
+        return rows if self.kept is None else self.kept[rows]
+
     def hidden_rows(self, rows: slice) -> Operand:
-        hidden = self.hidden[rows] if self.kept is None else self.hidden[self.kept[rows]]
-        return Operand(hidden, "hidden", self.scratch)
+        return Operand(self.hidden[self._places(rows)], "hidden", self.scratch)
 
     def weight_rows(self, cols: slice) -> Operand:
         return Operand(self.weight[cols], "weight", self.scratch)
@@ -88,11 +90,12 @@ class LmHead:
         if not self.vocab_size:  # an empty shard
             return torch.zeros_like(raw)
         index = (self.labels[rows] - self.shards.start).clamp(0, self.vocab_size - 1)
-        transform = self.transform.tile(rows, slice(0, self.vocab_size), self.arithmetic)
-        if transform.bias is not None:
-            raw = raw + transform.bias[index]
-        if transform.keep_mask is not None:
-            keep = transform.keep_mask.expand(len(index), self.vocab_size).gather(1, index[:, None])[:, 0]
+        transform = replace(self.transform, bias=None, keep_mask=None)
+        if self.transform.bias is not None:
+            raw = raw + self.transform.bias[index].to(raw.dtype)
+        if self.transform.keep_mask is not None:
+            places = torch.arange(rows.start, rows.stop, device=raw.device) if self.kept is None else self.kept[rows]
+            keep = self.transform.keep_mask.expand(self.num_rows, self.vocab_size)[places, index]
             raw = raw.masked_fill(~keep, -torch.inf)
         tile = raw[:, None].clone()
         tiles.grad_(
@@ -102,7 +105,7 @@ class LmHead:
             state,
             torch.ones_like(raw),
             None,
-            replace(transform, bias=None, keep_mask=None),
+            transform.tile(self._places(rows), slice(0, 1), self.arithmetic),
             ignore_index=-1,
             out=tile,
             backend=self.backend,
@@ -128,7 +131,7 @@ class LmHead:
             self.labels[rows],
             self.shards.start + cols.start,
             state,
-            self.transform.tile(rows, cols, self.arithmetic),
+            self.transform.tile(self._places(rows), cols, self.arithmetic),
             level=self.level,
             first=cols.start == 0,
             ignore_index=self.ignore_index,
@@ -148,7 +151,7 @@ class LmHead:
             state,
             g_logp,
             g_ent,
-            self.transform.tile(rows, cols, self.arithmetic),
+            self.transform.tile(self._places(rows), cols, self.arithmetic),
             ignore_index=self.ignore_index,
             out=gradient,
             backend=self.backend,
@@ -208,12 +211,3 @@ class HiddenSum:
             result.index_copy_(0, head.kept[part], result[part].clone())
         ignored = torch.ones(head.num_rows, dtype=torch.bool, device=result.device).index_fill_(0, head.kept, False)
         return result.index_fill_(0, ignored.nonzero()[:, 0], 0)
-
-
-def _rows_of(transform: Transform, kept: Tensor) -> Transform:
-    row_temperature, keep_mask = transform.row_temperature, transform.keep_mask
-    if row_temperature is not None:
-        row_temperature = row_temperature[kept]
-    if keep_mask is not None and keep_mask.shape[0] > 1:
-        keep_mask = keep_mask[kept]
-    return replace(transform, row_temperature=row_temperature, keep_mask=keep_mask)

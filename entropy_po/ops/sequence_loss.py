@@ -149,8 +149,9 @@ def sequence_loss(
     plan = sequences.plan_for(head, seqs, needs, strategy, workspace_bytes, coupled=coupled, row_by_row=row_by_row)
     batches = _Batches(head, seqs, coupled)
     if plan.choice.name in ("recompute", "deferred"):
+        budget = sequences.any_shape_budget(head, plan)
         stats, state = linear_token_stats.stats_and_state(
-            *inputs, labels, options, plan.choice.workspace_bytes, ahead=plan.choice.name == "deferred"
+            *inputs, labels, options, budget, ahead=plan.choice.name == "deferred"
         )
         kept = slice(None) if head.kept is None else head.kept
         token_logps = stats.logps[kept]
@@ -237,7 +238,8 @@ class _Resident(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float64)
         for rows, part in parts:
             folded = tiles.fold(rows) if rows.stop > rows.start else None
-            with torch.enable_grad():
+            # hooks of its own: those of a checkpoint around this would make everything again for each tile
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
                 leaves = [tiles.logps[rows].clone().requires_grad_()]
                 if head.level:
                     leaves.append(tiles.entropy[rows].clone().requires_grad_())
@@ -261,6 +263,10 @@ class _Resident(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         schema.refuse_second_order("sequence_loss")
         return *sequences.all_scaled(ctx, grad_loss), *(None,) * 5
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _checked(loss: Tensor, wants_gradient: bool) -> Tensor:

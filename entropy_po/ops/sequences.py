@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,21 +20,30 @@ from entropy_po.plan import (
     DEFAULT_CPU_SEQUENCE_WORKSPACE,
     DEFAULT_CPU_WORKSPACE,
     DEFAULT_CUDA_WORKSPACE,
+    MIN_TILE_SIDE,
+    Choice,
     SequencePlan,
     plan_sequences,
     slices,
+    tile_bytes,
 )
 from entropy_po.types import exact_logps
+
+logger = logging.getLogger("entropy_po")
+_logged: set[tuple[int, int]] = set()
+
+# More saves no time, and a backward that makes logits again may find less memory than the forward did.
+ANY_SHAPE_WORKSPACE = {"cpu": DEFAULT_CPU_WORKSPACE, "cuda": DEFAULT_CUDA_WORKSPACE}
 
 
 def default_workspace(device: torch.device, any_shape: bool) -> int:
     """For tiles of whole rows 256 MiB on a CPU; on a GPU a quarter of the memory that is free there now, of what torch's allocator has
-    in reserve too: in training that is where most of it is. For tiles of any shape at most 64 MiB and 1 GiB: more saves no time."""
+    in reserve too: in training that is where most of it is. For tiles of any shape at most `ANY_SHAPE_WORKSPACE`."""
     if device.type != "cuda":
-        return DEFAULT_CPU_WORKSPACE if any_shape else DEFAULT_CPU_SEQUENCE_WORKSPACE
+        return ANY_SHAPE_WORKSPACE["cpu"] if any_shape else DEFAULT_CPU_SEQUENCE_WORKSPACE
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     share = int(CUDA_WORKSPACE_SHARE * (torch.cuda.mem_get_info(device)[0] + reserve))
-    return min(share, DEFAULT_CUDA_WORKSPACE) if any_shape else share
+    return min(share, ANY_SHAPE_WORKSPACE["cuda"]) if any_shape else share
 
 
 class Sequences:
@@ -98,7 +109,7 @@ def plan_for(
         workspace_bytes = default_workspace(head.hidden.device, row_by_row and strategy in ("auto", "deferred"))
     for ranks in (head.shards.ranks, seqs.ranks):
         workspace_bytes = ranks.smallest(workspace_bytes, head.hidden.device)
-    return plan_sequences(
+    plan = plan_sequences(
         seqs.longest_parts,
         head.shards.widest,
         head.dim,
@@ -112,6 +123,31 @@ def plan_for(
         row_by_row=row_by_row,
         **loss,
     )
+    _log(plan.choice)
+    return plan
+
+
+def _log(choice: Choice) -> None:
+    """Each kind of choice once a process, not once a step: its numbers may differ from batch to batch."""
+    if (choice.strategy, choice.why) not in _logged and logger.isEnabledFor(logging.INFO):
+        _logged.add((choice.strategy, choice.why))
+        logger.info("gradients of sequences: %s (%s)", choice.name, choice.reason)
+
+
+def any_shape_budget(head: LmHead, plan: SequencePlan) -> int:
+    """For tiles of any shape; a strategy that was asked for by name gets one, whatever the budget."""
+    budget = min(plan.choice.workspace_bytes, ANY_SHAPE_WORKSPACE[head.hidden.device.type])
+    if not plan.choice.by_name:
+        return budget
+    smallest = partial(
+        tile_bytes,
+        MIN_TILE_SIDE,
+        MIN_TILE_SIDE,
+        head.dim,
+        element=head.arithmetic.itemsize,
+        operand_copies=head.operand_copies,
+    )
+    return max(budget, smallest(), smallest(frozen=True))
 
 
 def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
