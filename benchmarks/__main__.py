@@ -1,7 +1,7 @@
 """`python -m benchmarks`, or `make bench`: run every suite, and write the report, its tables and its pictures.
 
 Writes <--output_dir>/<device>/report.json, report.md and its pictures. Other options are those of conftest.py, and pytest's:
-`python -m benchmarks --long --output_dir benchmarks/results/long` runs what `make bench` leaves out, in an hour and a quarter.
+`python -m benchmarks --long --output_dir benchmarks/results/long` runs what `make bench` leaves out, in an hour.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> int:
     arguments, options = parser.parse_known_args(argv)
     readings: list[dict] = []
     failed = 0
+    began, before = datetime.now(timezone.utc), _processor_time()
     with tempfile.TemporaryDirectory() as folder:
         for process in range(PROCESSES):
             path = Path(folder) / f"{process}.json"
@@ -42,8 +44,27 @@ def main(argv: list[str]) -> int:
     if not readings:
         return failed or status or 1
     found = report.condensed(readings, shlex.join(["python", "-m", "benchmarks", *argv]))
+    found["machine"] |= {
+        "began": began.strftime("%Y-%m-%d %H:%M UTC"),
+        "minutes": (datetime.now(timezone.utc) - began).total_seconds() / 60,
+        "stolen": _stolen(before, _processor_time()),
+    }
     print(report.write(found, arguments.output_dir))
     return failed
+
+
+def _processor_time() -> list[int]:
+    """Ticks of all processors since the start of the system, by what they did; none where the system does not tell."""
+    try:
+        return [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return []
+
+
+def _stolen(before: list[int], after: list[int]) -> float | None:
+    """The share of the processors' time that a virtual machine's host gave to others."""
+    spent = [b - a for a, b in zip(before, after, strict=True)]
+    return spent[7] / sum(spent) if sum(spent) > 0 else None
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.bars import beside
-from benchmarks.suites import AXES
+from benchmarks.bars import MEMORY_BAR, beside
+from benchmarks.suites import AXES, GROWING
 from entropy_po.bench.implementations import DEFERRED, OURS, RECOMPUTE, RESIDENT, TORCH
 
 # colours of Okabe and Ito, told apart without colour vision; ours is drawn last and largest
@@ -28,6 +29,7 @@ STYLE = {
     "cut-cross-entropy": ("#56B4E9", "d"),
 }
 OTHER = ("#777777", ".")
+FLOOR = "bare products"
 PANELS = {
     "logits": "Logits path",
     "hidden": "Hidden path",
@@ -78,8 +80,9 @@ def _log_ticks(axis, values: Iterable[float]) -> None:
 
     low, high = min(values), max(values)
     ticks: list[float] = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low / 1.3 <= t <= high * 1.3]
-    if len(ticks) < 3:  # tenths of what lies close together
-        ticks = [t / 10 for t in range(math.floor(10 * low), math.ceil(10 * high) + 1)]
+    if len(ticks) < 3:  # tenths of what lies close together, as long as they are few
+        step = math.ceil((10 * high - 10 * low) / 8)
+        ticks = [t / 10 for t in range(math.floor(10 * low), math.ceil(10 * high) + 1) if t % max(step, 1) == 0]
     axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_minor_formatter(NullFormatter())
 
@@ -91,34 +94,53 @@ def _time(plt, report: dict):
     panels = {suite: rows for suite, rows in panels.items() if rows}
     if not panels:
         return None
-    heights = [len(rows) + 0.6 for rows in panels.values()]
+    heights = [len(rows) + 0.9 for rows in panels.values()]
     figure, axes = plt.subplots(
-        len(panels), figsize=(9, 0.27 * sum(heights) + 1.2), sharex=True, squeeze=False,
-        gridspec_kw={"height_ratios": heights, "hspace": 0.12},
+        len(panels), figsize=(9, 0.36 * sum(heights) + 1.2), sharex=True, squeeze=False,
+        gridspec_kw={"height_ratios": heights, "hspace": 0.9 * len(panels) / sum(heights)},
     )  # fmt: skip
     seen, values = set(), []
     for axis, (suite, rows) in zip(axes[:, 0], panels.items(), strict=True):
         for y, row in enumerate(rows):
-            axis.axhline(y, color="#eeeeee", zorder=0)
-            for who in sorted(row["who"], key=lambda who: who["name"] == OURS):
-                if who["name"] != row["floor"]:
-                    big = 60 if who["name"] == OURS else 32
-                    axis.scatter(who["times_floor"], y, s=big, zorder=3, **_style(who["name"]))
-                    seen.add(who["name"])
-                    values.append(who["times_floor"])
+            axis.axhspan(y - 0.45, y + 0.45, color="#f4f4f4", zorder=0)
+            found = [who for who in row["who"] if who["name"] != row["floor"]]
+            for place, who in enumerate(sorted(found, key=lambda who: who["times_floor"])):
+                # one below the other, so that those of about the same time are all seen
+                lane = y + 0.7 * ((place + 0.5) / len(found) - 0.5)
+                big = 60 if who["name"] == OURS else 28
+                axis.scatter(
+                    who["times_floor"], lane, s=big, zorder=4 if who["name"] == OURS else 3, **_style(who["name"])
+                )
+                seen.add(who["name"])
+                values.append(who["times_floor"])
         axis.axvline(1, color="#555555", linewidth=1)
-        axis.set(xscale="log", ylim=(len(rows) - 0.4, -0.6))
+        axis.set(xscale="log", ylim=(len(rows) - 0.5, -0.5))
         axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=7.5)
-        axis.set_ylabel(PANELS[suite], fontweight="bold")
+        axis.tick_params(axis="y", length=0)
+        axis.set_title(PANELS[suite], loc="left", fontsize=9.5, fontweight="bold", pad=3)
     _log_ticks(axes[-1, 0].xaxis, values)
-    axes[-1, 0].set_xlabel("time, as a multiple of the floor (1: nothing but the copy or the bare matrix products)")
-    axes[0, 0].set_title("Time against the floor: left is better", loc="left", fontsize=11)
+    axes[-1, 0].set_xlabel(
+        "time, as a multiple of the floor\n1 is the bare work: a copy's bytes, torch's own matrix products, or a step without its loss; "
+        "left of 1, products are faster than torch's\n" + _where(report), fontsize=8,
+    )  # fmt: skip
+    figure.suptitle(
+        "Time against the floor: left is better (N: tokens, D: hidden size, V: vocabulary)",
+        x=0.125, y=0.88 + 0.5 / figure.get_figheight(), ha="left", va="bottom", fontsize=11,
+    )  # fmt: skip
     _legend(figure, seen, loc="center left", bbox_to_anchor=(0.91, 0.5))
     return figure
 
 
+def _where(report: dict) -> str:
+    machine = report["machine"]
+    device = (
+        machine["device"] if machine["device"] != "CPU" else f"{machine['processor']}, {machine['instruction_set']}"
+    )
+    return f"{device}, {machine['threads']} threads, torch {machine['versions']['torch']}"
+
+
 def _memory(plt, report: dict):
-    rows = [row for row in report["memory"] if row["path"] == "pair" and "error" not in row]
+    rows = [row for row in report["memory"] if row.get("path") == "pair" and "error" not in row]
     if len({row["n"] for row in rows}) < 2:  # no line
         return None
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
@@ -130,12 +152,21 @@ def _memory(plt, report: dict):
         n, mib = points[-1]
         ends.setdefault((n, round(8 * math.log2(mib))), []).append(name)  # lines that end together share a label
     for (n, place), names in ends.items():
+        longest = n == max(row["n"] for row in rows)
         axis.annotate(
-            ", ".join(names), (n, 2 ** (place / 8)), xytext=(7, 0), textcoords="offset points", va="center",
-            color=_style(names[0])["color"],
+            ", ".join(names) + ("" if longest else f"\n(all logits held:\nnot tried beyond {n:,})"), (n, 2 ** (place / 8)), xytext=(7, 0),
+            textcoords="offset points", va="center", color=_style(names[0])["color"], fontsize=9 if longest else 8,
         )  # fmt: skip
     lengths = sorted({row["n"] for row in rows})
-    axis.set(xscale="log", yscale="log", xlabel="tokens in one pair", ylabel="peak MiB beside inputs and gradients")
+    axis.set(
+        xscale="log", yscale="log", xlabel=f"tokens in one pair, both answers\n{_where(report)}",
+        ylabel="peak MiB of forward and backward,\nbeside inputs and gradients",
+    )  # fmt: skip
+    if report["machine"]["device"] == "CPU":
+        limit = MEMORY_BAR / 2**20
+        axis.axhline(limit, color=_style(OURS)["color"], linewidth=0.8, linestyle=":")
+        axis.annotate(f"promised: {limit:.0f}", (lengths[0], limit), xytext=(0, 3), textcoords="offset points", fontsize=8,
+                      color=_style(OURS)["color"])  # fmt: skip
     axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
     low, high = axis.get_ylim()
     mibs = [2**k for k in range(30) if low <= 2**k <= 1.5 * high]
@@ -167,7 +198,7 @@ def _accuracy(plt, report: dict):
                 s=50 if who["name"] == OURS else 30,
                 **_style(who["name"]),
             )
-        axis.set(xscale="log", yscale="log", xlabel="time, as a multiple of the bare products", title=dtype)
+        axis.set(xscale="log", yscale="log", xlabel="time, as a multiple of torch's bare products", title=dtype)
         _log_ticks(axis.xaxis, [who["times_floor"] for who in found])
         errors = [who["errors"]["gradient"] for who in found]
         axis.set_ylim(
@@ -175,7 +206,11 @@ def _accuracy(plt, report: dict):
         )  # so that a difference of digits is not drawn as one of decades
         axis.grid(alpha=0.25)
     axes[0, 0].set_ylabel("relative gradient error against fp64")
-    figure.suptitle("Accuracy against speed: lower left is better", x=0.06, y=1.02, ha="left", fontsize=11)
+    figure.suptitle(
+        "Accuracy against speed: lower left is better. One point per implementation and case with a backward:\n"
+        f"hidden path, mean NLL, preference loss. {_where(report)}",
+        x=0.06, y=1.06, ha="left", fontsize=10,
+    )  # fmt: skip
     _legend(
         figure,
         [who["name"] for found in groups.values() for who in found],
@@ -185,29 +220,91 @@ def _accuracy(plt, report: dict):
     return figure
 
 
-def _scaling(plt, report: dict):
+class Grown(NamedTuple):
+    """What grows with one size of a case: ms, or bare for a floor, and MiB beside inputs and gradients, [] where not measured."""
+
+    axis: str
+    fixed: str  # the other sizes
+    who: str
+    sizes: list[int]
+    ms: list[float]
+    mib: list[float]
+
+
+FIELDS = {"tokens": "n", "vocabulary": "v", "hidden size": "d", "threads": "threads"}
+
+
+def growth(report: dict) -> list[Grown]:
+    """Of every axis and implementation that all sizes were measured of, the floor (`FLOOR`) among them."""
     rows = {row["name"]: row for row in report["rows"] if row["suite"] == "scaling"}
-    axes_with = {axis: [rows[case.name] for case in cases if case.name in rows] for axis, cases in AXES.items()}
-    axes_with = {axis: found for axis, found in axes_with.items() if len(found) > 1}
-    if not axes_with:
+    peaks = {(row["case"], row["who"]): beside(row) / 2**20 for row in report["memory"] if "sizes" in row}
+    found = []
+    for axis, cases in AXES.items():
+        cases = [case for case in cases if case.name in rows]
+        if len(cases) < 2:
+            continue
+        letters = {"N": "tokens", "V": "vocabulary", "D": "hidden size"}
+        fixed = ", ".join(f"{x} {getattr(cases[0], FIELDS[size])}" for x, size in letters.items() if size != axis)
+        for who in (FLOOR, *GROWING):
+            times = [
+                next(
+                    (
+                        w["ms"]
+                        for w in rows[case.name]["who"]
+                        if w["name"] == (rows[case.name]["floor"] if who == FLOOR else who)
+                    ),
+                    None,
+                )
+                for case in cases
+            ]
+            mib = [peaks.get((case.name, who)) for case in cases]
+            if None not in times:
+                sizes = [getattr(case, FIELDS[axis]) for case in cases]
+                found.append(Grown(axis, fixed, who, sizes, times, [] if None in mib else mib))
+    return found
+
+
+def _scaling(plt, report: dict):
+    found = growth(report)
+    names = list(dict.fromkeys(grown.axis for grown in found))
+    if not names:
         return None
-    figure, axes = plt.subplots(1, len(axes_with), figsize=(3.1 * len(axes_with), 3.2), squeeze=False)
-    fields = {"tokens": "n", "vocabulary": "v", "hidden size": "d", "threads": "threads"}
-    for axis, (name, found) in zip(axes[0], axes_with.items(), strict=True):
-        sizes = [row["case"][fields[name]] for row in found]
-        for who in [OURS, "eager", "TRL"]:
-            times = [next((w["ms"] for w in row["who"] if w["name"] == who), math.nan) for row in found]
-            if not any(map(math.isnan, times)):
-                label = f"{who}: {exponent(sizes, times):+.2f}"
-                axis.plot(sizes, times, label=label, linewidth=1.3, **_style(who))
-        axis.set(xscale="log", yscale="log", xlabel=name, title=f"{name} {sizes[0]} to {sizes[-1]}")
-        axis.set_xticks(sizes, [f"{size}" for size in sizes])
-        axis.minorticks_off()
-        axis.grid(alpha=0.25)
-        axis.set_ylim(top=axis.get_ylim()[1] * 8)  # room for the legend
-        axis.legend(frameon=False, fontsize=7.5, title="fitted exponent", title_fontsize=7.5, loc="upper left")
-    axes[0, 0].set_ylabel("ms")
-    figure.suptitle("How the time of a pair's loss grows, forward and backward, bf16", x=0.01, ha="left", fontsize=11)
+    measured = ["ms"] + ["mib"] * any(grown.mib for grown in found)
+    figure, axes = plt.subplots(
+        len(measured), len(names), figsize=(3.1 * len(names), 3.0 * len(measured)), squeeze=False, sharex="col", sharey="row"
+    )  # fmt: skip
+    for place, name in enumerate(names):
+        for axis, what in zip(axes[:, place], measured, strict=True):
+            lines = [grown for grown in found if grown.axis == name and getattr(grown, what)]
+            for grown in lines:
+                values = getattr(grown, what)
+                axis.plot(
+                    grown.sizes, values, label=f"{grown.who}: {exponent(grown.sizes, values):+.2f}", linewidth=1.3,
+                    **(_style(grown.who) if grown.who != FLOOR else {"color": "#555555", "linestyle": ":"}),
+                )  # fmt: skip
+            axis.set(xscale="log", yscale="log")
+            if lines:
+                axis.set_xticks(lines[0].sizes, [f"{size:,}" for size in lines[0].sizes])
+            axis.minorticks_off()
+            axis.grid(alpha=0.25)
+            axis.margins(x=0.1)
+            axis.legend(frameon=False, fontsize=7.5, title="fitted exponent", title_fontsize=7.5, loc="upper left")
+        axes[0, place].set_title(f"{name} ({next(grown.fixed for grown in found if grown.axis == name)})", fontsize=9)
+        axes[-1, place].set_xlabel(name)
+    for axis, label in zip(
+        axes[:, 0], ("ms, forward and backward", "peak MiB beside inputs and gradients"), strict=False
+    ):
+        axis.set_ylabel(label)
+        low, high = axis.get_ylim()
+        high *= 25  # room for the legends
+        axis.set_ylim(low, high)
+        ticks = [x * 10**k for k in range(6) for x in (1, 2, 5) if low <= x * 10**k <= high]
+        axis.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    figure.suptitle(
+        "How the loss of one pair grows (bf16; N: tokens of both answers, V: vocabulary, D: hidden size)",
+        x=0.01, ha="left", fontsize=11,
+    )  # fmt: skip
+    figure.supxlabel(_where(report), fontsize=8)
     figure.tight_layout()
     return figure
 

@@ -31,7 +31,8 @@ from entropy_po.bench.timing import (
     timed,
 )
 
-FLOOR, ROUNDS = "floor", 5
+FLOOR, ROUNDS, SPLIT_ROUNDS = "floor", 5, 4
+LONG_FLOPS = 2e12  # many seconds: what a first call does beside is little of them, and it is as good a reading as any
 UNAVAILABLE, MEMORY, KEPT = pytest.StashKey[dict](), pytest.StashKey[list](), pytest.StashKey[bool]()
 
 
@@ -69,6 +70,9 @@ def pytest_generate_tests(metafunc):
         # in processes of their own, the same in both reports
         rows = [] if option("--fresh_memory") or process else suites.memory(option("--device"), option("--long"))
         metafunc.parametrize("memory_row", rows, ids=[f"{case.name}: {who}" for case, who in rows])
+    if "growing" in metafunc.fixturenames:
+        here = not (option("--fresh_memory") or option("--long") or process or option("--device") == "cuda")
+        metafunc.parametrize("growing", suites.GROWING if here else ())
     if "reading" not in metafunc.fixturenames:
         return
     readings, ids = [], []
@@ -81,20 +85,27 @@ def pytest_generate_tests(metafunc):
 
 
 def _rounds(found: dict[str, list[suites.Row]], process: int) -> Iterator[tuple[str, suites.Row, int]]:
-    """(suite, row, round) of one process: its part of the rows whose rounds follow one another, and in between at even distances
-    its rounds of all others. Without such it is alone."""
+    """(suite, row, round) of one process: its half of the rounds of rows that are split, all of those of its half of the others, and in
+    between at even distances its rounds of the rows that are spread. Without such it is alone."""
     every = [(suite, row) for suite, rows in found.items() for row in rows]
-    spread, compact = [x for x in every if x[1].visits], [x for x in every if not x[1].visits]
+    spread = [x for x in every if x[1].visits]
     processes, visits = (suites.PROCESSES, suites.VISITS) if spread else (1, 1)
     if process >= processes:
         return
+    compact = [
+        (suite, row, range(SPLIT_ROUNDS * process // processes, SPLIT_ROUNDS * (process + 1) // processes))
+        for suite, row in every
+        if row.split
+    ]
+    whole = [(suite, row, range(row.rounds or ROUNDS)) for suite, row in every if not row.visits and not row.split]
+    compact += whole[len(whole) * process // processes : len(whole) * (process + 1) // processes]
     for visit in range(visits):
         for suite, row in spread:
             turn, off = divmod(visit * row.visits, visits)
             if off < row.visits:
                 yield suite, row, process * row.visits + turn
-        part = slice(*(len(compact) * (process * visits + stop) // (processes * visits) for stop in (visit, visit + 1)))
-        yield from ((suite, row, i) for suite, row in compact[part] for i in range(row.rounds or ROUNDS))
+        part = slice(*(len(compact) * stop // visits for stop in (visit, visit + 1)))
+        yield from ((suite, row, i) for suite, row, rounds in compact[part] for i in rounds)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -163,16 +174,20 @@ def measure(request, benchmark, prepared):
         problem, known = opened.problem, opened.known
         floor_name, floor, scale = problem.floor
         run = floor if who == FLOOR else partial(problem.run, problem.implementation(who))
+        call = partial(benchmark.pedantic, rounds=1, iterations=1)
+        first_counts = isinstance(case, Case) and case.device == "cpu" and case.flops >= LONG_FLOPS
+        before, measured = page_faults(), False
         if who not in known:
             try:  # the first call also loads libraries and compiles; its results are checked
-                results = run()
-                checked = who != FLOOR and not (row.visits and request.config.getoption("--process"))
+                results, measured = call(run) if first_counts else run(), first_counts
+                again = (row.visits or row.split) and request.config.getoption("--process")
+                checked = who != FLOOR and not again
                 errors = problem.errors(*results) if checked else {}
             except Exception as error:
                 unavailable[who] = one_line(error)
                 pytest.skip(unavailable[who])
             # what does more than a floor that fills a reading need not be tried again to know that it does too
-            once = known.get(FLOOR, {}).get("repeats") == 1
+            once = first_counts or known.get(FLOOR, {}).get("repeats") == 1
             del results
             known[who] = {"errors": errors, "repeats": 1 if once else repeats_for(run)}
             # a process's first reading of what allocates much is another than all that follow
@@ -187,8 +202,9 @@ def measure(request, benchmark, prepared):
             who=floor_name if who == FLOOR else who, floor=who == FLOOR, scale=scale, **known[who],
         )  # fmt: skip
 
-        before = page_faults()
-        benchmark.pedantic(timed, args=(run, repeats), rounds=1, iterations=1)
+        if not measured:
+            before = page_faults()
+            call(timed, args=(run, repeats))
         benchmark.extra_info["page_faults"] = page_faults() - before
 
     yield take

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.report import RESULTS
-from entropy_po import EntropyObjective, linear_preference_loss, linear_token_stats, token_stats
+from entropy_po import EntropyObjective, linear_preference_loss, linear_token_stats, sequence_loss, token_stats
 
 ROWS = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,6 +163,42 @@ def long_sums() -> list[str]:
     return lines
 
 
+def long_margins() -> list[str]:
+    """log pi(w) - log pi(l) of one long pair: a small difference of two large sums, that decides the loss."""
+    v, d, draws = 8_192, 64, 4
+    objective = EntropyObjective.qempo(lam=1.0)
+    lines = ["", "## Margins of long pairs", "", f"log pi(w) - log pi(l) in nats, of answers of n tokens each; fp32, V {v:,}, D {d}. The "
+             f"worst error of {draws} pairs, and the median size of what it is an error of. torch: log_softmax and sums in fp32.", "",
+             "| n | log pi(w) | margin | resident | deferred | recompute | sequence_loss | torch |", "|---:|" + "---:|" * 7]  # fmt: skip
+    for n in (512, 2_048, 8_192):
+        found: list[list[float]] = []
+        for _ in range(draws):
+            hidden, weight = torch.randn(2 * n, d), torch.randn(v, d) / d**0.5
+            labels, offsets = torch.randint(v, (2 * n,)), torch.tensor([0, n, 2 * n])
+            parts = list(zip(hidden.split(1024), labels.split(1024), strict=True))
+            logps = torch.cat([exact(h.double() @ weight.double().t(), y)[0] for h, y in parts])
+            plain = torch.cat([torch_fp32(h @ weight.t(), y)[0] for h, y in parts])
+            difference = logps[:n].sum() - logps[n:].sum()
+            found.append([logps[:n].sum().item(), difference.item()])
+            hidden.requires_grad_(), weight.requires_grad_()
+            for strategy in ("resident", "deferred", "recompute"):
+                output = linear_preference_loss(
+                    hidden, weight, labels, offsets, objective=objective, strategy=strategy, workspace_bytes=64 << 20
+                )
+                found[-1].append(output.margins.item() - difference.item())
+            loss = sequence_loss(
+                hidden, weight, labels, offsets, lambda batch: batch.logps[0] - batch.logps[1], coupled=2
+            ).loss
+            found[-1] += [
+                loss.item() - difference.item(),
+                (plain[:n].sum() - plain[n:].sum()).item() - difference.item(),
+            ]
+        sizes = torch.tensor(found).abs()
+        cells = [f"{x:,.0f}" for x in sizes[:, :2].median(0).values] + [f"{x:.1e}" for x in sizes[:, 2:].amax(0)]
+        lines.append(f"| {n:,} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
@@ -183,7 +219,7 @@ def main() -> None:
         "|---|---:|---|" + "---:|" * len(titles),
     ]  # fmt: skip
     lines += ["| " + " | ".join(logits_row(*case)) + " |" for case in tqdm(cases, desc="cases", leave=False)]
-    text = "\n".join(lines + long_sums()) + "\n"
+    text = "\n".join(lines + long_sums() + long_margins()) + "\n"
     (RESULTS / "numerics.md").write_text(text)
     print(text)
 

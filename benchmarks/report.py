@@ -10,6 +10,8 @@ import os
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,14 +21,14 @@ from benchmarks.bars import bars, beside
 from entropy_po import describe
 from entropy_po.bench.implementations import OURS
 from entropy_po.bench.measure import one_line, summarised
-from entropy_po.bench.memory import phases
-from entropy_po.bench.problem import COPY, Case
-from entropy_po.bench.timing import FEW_FAULTS, NOISY
+from entropy_po.bench.memory import phases, phases_of
+from entropy_po.bench.problem import COPY, SAMPLED, TRUTH_FLOPS, Case
+from entropy_po.bench.timing import FEW_FAULTS, NOISY, typical
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
     "logits": ("Logits path", "Log-probs and entropy of logits that exist. Floor: one read forward; with a gradient, one read "
-               "and one write more, at the median rate of all copies in the run."),
+               "and one write more, at the rate of all copies in the run."),
     "hidden": ("Hidden path", "Log-probs and entropy per token from hidden states and the head's weight; their upstream "
                "gradients come later. Floor: the bare products of a method that holds no logits."),
     "nll": ("Mean negative log-prob", "A loss that is one number, whose gradients can be made in the forward. Floor: three "
@@ -34,8 +36,9 @@ TITLES = {
     "pair": ("Preference loss of one pair", "DPO's loss, without a reference so that every peer computes the same. Floor: "
              "three bare products, two with a frozen head."),
     "step": ("A whole training step", "H-DPO on a real model, optimiser included. Floor: the backbone's forward and backward, "
-             "three bare products, the optimiser. The error is that of the tied embedding's gradient, against the model in fp32."),
-    "scaling": ("How time grows", "The pair's loss, one size changed at a time."),
+             "three bare products, the optimiser. Eager: logits of all positions, as the model's own forward gives them. "
+             "The error is that of the tied embedding's gradient against the model in fp32, not fp64: how much bf16 costs a model."),
+    "scaling": ("How time and memory grow", "The pair's loss, one size changed at a time."),
 }  # fmt: skip
 
 
@@ -75,11 +78,11 @@ def condensed(processes: list[dict], command: str) -> dict:
 
 
 def _copies(cases: dict[tuple[str, str], dict]) -> dict[tuple[str, str], float]:
-    """Seconds of the copies of the cases that have them for a floor, at the median rate of all of them. The best would be that of the
-    seconds in which a shared machine's others stood still, if the run had any."""
+    """Seconds of the copies of the cases that have them for a floor, at the rate of all of them: as of any time, the mean of the faster
+    half. The best would be that of the seconds in which a shared machine's others stood still, if the run had any."""
     moved = {key: Case(**row["info"]["case"]).copied_bytes for key, row in cases.items() if row["floor"] == COPY}
-    rates = [moved[key] / seconds for key in moved for seconds in cases[key]["seconds"][COPY]]
-    return {key: num_bytes / statistics.median(rates) for key, num_bytes in moved.items()}
+    per_byte = [seconds / moved[key] for key in moved for seconds in cases[key]["seconds"][COPY]]
+    return {key: num_bytes * typical(per_byte) for key, num_bytes in moved.items()} if per_byte else {}
 
 
 def memory_reading(case: Case, who: str) -> dict:
@@ -89,6 +92,12 @@ def memory_reading(case: Case, who: str) -> dict:
         return reading | phases(case, who)
     except Exception as error:
         return reading | {"error": one_line(error)}
+
+
+def memory_growth(cases: Sequence[Case], who: str) -> list[dict]:
+    """The same of cases that differ in one size or another, made in one process; each reading has all of its `sizes`."""
+    found = zip(cases, phases_of(cases, who), strict=True)
+    return [{"case": case.name, "sizes": asdict(case), "who": who} | reading for case, reading in found]
 
 
 def machine(device: str) -> dict:
@@ -101,7 +110,6 @@ def machine(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "clock_mhz": _clock(),
-        "load_1min": round(os.getloadavg()[0], 2),
         "backends": facts["backends"],
         "versions": {name: version for name, version in facts["versions"].items() if version},
     }
@@ -150,13 +158,15 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         f"# Benchmarks on {machine['device'] if machine['device'] != 'CPU' else machine['processor']}",
         "",
         f"`{report['command']}`: {machine['threads']} threads of {machine['cores']} cores, {machine['instruction_set']}, "
-        f"{machine['clock_mhz'] or 'unknown'} MHz, load {machine['load_1min']} at the end. {versions}.",
+        f"{machine['clock_mhz'] or 'unknown'} MHz{_when(machine)}. {versions}.",
         "",
-        "Times are means of the faster half of interleaved rounds, for what else a machine does only ever adds to them; where a call takes "
+        "Times are means of the faster half of interleaved rounds, at least of two, for what else a machine does only ever adds to them; beside them "
+        "are the median of all rounds and their spread, from the first to the third quartile. Where a call takes "
         "milliseconds the rounds are spread over the whole run and several processes. Ratios are of these times, but for those to a copy: "
-        "that is taken at the median rate of the run's. "
+        "that is taken at the rate of all copies of the run, found in the same way. "
         "Errors are against fp64: the worst output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
         "bold.",
+        *_sampled(report["rows"]),
         *_allocation(machine),
         *_noise(report),
         *_bars(report["bars"]),
@@ -168,11 +178,32 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
             if suite in pictures:
                 lines += ["", f"![{title}]({pictures[suite]})"]
             lines += ["", *_times(rows)]
-    lines += _memory(report["memory"], pictures)
+        if suite == "scaling" and rows:
+            lines += _exponents(report)
+    lines += _memory([row for row in report["memory"] if "sizes" not in row], pictures)
     if "accuracy" in pictures:
         lines += ["", "## Accuracy against speed", "", f"![Accuracy against speed]({pictures['accuracy']})"]
     lines += _unavailable(report["unavailable"])
     return "\n".join(lines) + "\n"
+
+
+def _when(machine: dict) -> str:
+    if "began" not in machine:
+        return ""
+    said = f"; begun {machine['began']}, {machine['minutes']:.0f} minutes"
+    if machine["stolen"] is not None:
+        said += f", in which the host gave {machine['stolen']:.1%} of the processors' time to others"
+    return said
+
+
+def _sampled(rows: list[dict]) -> list[str]:
+    cases = [Case(**row["case"]) for row in rows if row["suite"] not in ("step", "logits")]
+    if not any(case.backward and case.flops >= TRUTH_FLOPS for case in cases):
+        return []
+    return [
+        "",
+        f"Of cases above {TRUTH_FLOPS:g} FLOPs the gradient that is checked is that of the first {SAMPLED} hidden states.",
+    ]
 
 
 def _allocation(machine: dict) -> list[str]:
@@ -193,7 +224,7 @@ def _noise(report: dict) -> list[str]:
         return []
     lines = [
         "",
-        f"{noisy} of {len(spreads)} times spread over more than {NOISY:.0%} of their median; they are marked ~.",
+        f"{noisy} of {len(spreads)} times spread over more than {NOISY:.0%} of their median.",
     ]
     if noisy > len(spreads) / 4:
         lines[-1] = f"**The machine was too busy to believe a few percent:** {lines[-1]}"
@@ -210,17 +241,16 @@ def _bars(found: list[dict]) -> list[str]:
 
 
 def _times(rows: list[dict]) -> list[str]:
-    lines = ["| case | who | ms | times the floor | times entropy_po | error, nats | gradient error |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|"]
+    lines = ["| case | who | ms | median, spread | times the floor | times entropy_po | error, nats | gradient error |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
     for row in rows:
         for i, who in enumerate(row["who"]):
             errors = who["errors"]
             cells = [
                 row["name"] if i == 0 else "",
                 f"*{who['name']}*" if who["name"] == row["floor"] else who["name"],
-                f"{who['ms']:.1f}"
-                + ("~" if who["spread"] > NOISY else "")
-                + (f", in the whole run {who['run_ms']:.1f}" if "run_ms" in who else ""),
+                f"{who['ms']:.1f}" + (f", in the whole run {who['run_ms']:.1f}" if "run_ms" in who else ""),
+                _middle(who),
                 f"{who['times_floor']:.2f}" if "times_floor" in who and who["name"] != row["floor"] else "",
                 _against_ours(who, is_floor=who["name"] == row["floor"]),
                 f"{errors['value']:.1e}" if "value" in errors else "",
@@ -228,6 +258,11 @@ def _times(rows: list[dict]) -> list[str]:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _middle(who: dict) -> str:
+    readings = who["readings_ms"]
+    return f"{statistics.median(readings):.1f}, {who['spread']:.0%}" if len(readings) > 1 else "one reading"
 
 
 def _against_ours(who: dict, is_floor: bool) -> str:
@@ -259,6 +294,17 @@ def _memory(rows: list[dict], pictures: dict[str, str]) -> list[str]:
     return lines
 
 
+def _exponents(report: dict) -> list[str]:
+    lines = ["", "Of the power of the size that fits best, by least squares in logarithms: 1 is proportional. Memory is the peak beside inputs and "
+             "gradients.", "", "| what changes | who | time | memory |", "|---|---|---:|---:|"]  # fmt: skip
+    for grown in charts.growth(report):
+        cells = (f"{charts.exponent(grown.sizes, y):+.2f}" if y else "" for y in (grown.ms, grown.mib))
+        lines.append(
+            f"| {grown.axis}, {grown.sizes[0]:,} to {grown.sizes[-1]:,} | {grown.who} | " + " | ".join(cells) + " |"
+        )
+    return lines
+
+
 def _unavailable(unavailable: dict[str, dict[str, str]]) -> list[str]:
     reasons = {(who, why) for found in unavailable.values() for who, why in found.items()}
     if not reasons:
@@ -269,5 +315,5 @@ def _unavailable(unavailable: dict[str, dict[str, str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    for path in RESULTS.glob("*/report.json"):
-        print(write(json.loads(path.read_text())).splitlines()[-1])
+    for path in RESULTS.glob("**/report.json"):
+        print(write(json.loads(path.read_text()), path.parent.parent).splitlines()[-1])

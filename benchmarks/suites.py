@@ -19,6 +19,7 @@ class Row:
     who: tuple[str, ...] | None = None
     rounds: int | None = None  # where the suite's own number would take too long
     visits: int = 0  # its rounds are spread over the whole run: so many in each process, of VISITS that there are
+    split: bool = False  # its rounds follow one another, half of them in each process
     also: tuple[str, ...] = ()
 
     @property
@@ -31,7 +32,7 @@ SLOW = 3  # rounds where a reading takes seconds
 # the machine's host happens to run its cores, for seconds or minutes: rounds that follow one another tell the same again.
 PROCESSES, VISITS = 2, 4
 NO_PEERS = (OURS, RECOMPUTE)
-PAIR_PEERS = ("eager", "torch.compile", "TRL", "Liger DPO")
+PAIR_PEERS = ("eager", "torch.compile", "TRL", "Liger DPO", "cut-cross-entropy")
 
 
 def cpu() -> dict[str, list[Row]]:
@@ -48,25 +49,27 @@ def cpu() -> dict[str, list[Row]]:
         Row(Case("logits", 2048, 32768, dtype=dtype, entropy=False, peaked=True), visits=VISITS)
         for dtype in (FP32, BF16)
     ]
-    hidden = [Row(Case("hidden", 512, 32768, 1024, dtype), also=(TORCH,)) for dtype in (FP32, BF16)]
+    hidden = [Row(Case("hidden", 512, 32768, 1024, dtype), also=(TORCH,), split=True) for dtype in (FP32, BF16)]
+    narrow = Case("hidden", 512, 32768, 1024, BF16)
     hidden += [
-        Row(Case("hidden", 512, 32768, 1024, BF16, trained=False)),
-        *(Row(Case("hidden", 512, 32768, 1024, dtype, trained=False, entropy=False)) for dtype in (FP32, BF16)),
-        Row(Case("hidden", 512, 32768, 1024, BF16, entropy=False, peaked=True)),
-        Row(Case("hidden", 1024, 49152, 576, BF16, backward=False)),
+        Row(case, split=True)
+        for case in (
+            narrow.but(trained=False),
+            *(narrow.but(dtype=dtype, trained=False, entropy=False) for dtype in (FP32, BF16)),
+            narrow.but(entropy=False, peaked=True),
+            Case("hidden", 1024, 49152, 576, BF16, backward=False),
+        )
     ]
-    nll = [Row(Case("nll", 1024, 32768, 576, dtype)) for dtype in (FP32, BF16)]
+    nll = [Row(Case("nll", 1024, 32768, 576, dtype), split=True) for dtype in (FP32, BF16)]
     # each case with the strategy that is not chosen there
     pair = [Row(Case("pair", 1024, 49152, 576, dtype), (*NO_PEERS, DEFERRED, *PAIR_PEERS)) for dtype in (FP32, BF16)]
     pair += [Row(Case("pair", 1024, 49152, 576, dtype, trained=False), (OURS,)) for dtype in (FP32, BF16)]
-    pair += [
-        Row(Case("pair", 1024, 151936, 576, dtype), (*NO_PEERS, RESIDENT), SLOW if dtype == FP32 else None)
-        for dtype in (FP32, BF16)
-    ]  # fmt: skip
+    pair += [Row(Case("pair", 1024, 151936, 576, FP32), NO_PEERS, SLOW)]
+    pair += [Row(Case("pair", 1024, 151936, 576, BF16), (*NO_PEERS, RESIDENT))]
     pair += [Row(Case("pair", 1024, 151936, 576, dtype, trained=False), (OURS,), SLOW) for dtype in (FP32, BF16)]
     pair += [Row(Case("pair", 4096, 49152, 576, dtype), NO_PEERS, SLOW) for dtype in (FP32, BF16)]
     step = [Row(StepCase(), (OURS, "eager"), SLOW)]
-    scaling = [Row(case, (OURS, "eager", "TRL"), visits=VISITS // 2) for case in SCALED]
+    scaling = [Row(case, GROWING, visits=VISITS // 2) for case in SCALED]
     return {"logits": logits, "hidden": hidden, "nll": nll, "pair": pair, "step": step, "scaling": scaling}
 
 
@@ -76,13 +79,13 @@ def long() -> dict[str, list[Row]]:
         _long_row(Case("pair", n, v, d, dtype, trained))
         for n, v, d in ((1024, 49152, 1024), (1024, 151936, 1024), (4096, 49152, 576), (16384, 49152, 576),
                         (16384, 49152, 1024), (16384, 151936, 576), (16384, 151936, 1024))
-        for dtype in (FP32, BF16) for trained in (True, False) if trained or 2 * n * v * d < 1.5e12
+        for dtype in (FP32, BF16) for trained in (True, False)
     ]}  # fmt: skip
 
 
 def _long_row(case: Case) -> Row:
     peers = PAIR_PEERS if case.n * case.v < 3e8 else ("TRL",) if case.flops < 3e12 else ()
-    rounds = None if case.flops < 5e11 else SLOW if case.flops < 1e13 else 1
+    rounds = None if case.flops < 5e11 else SLOW if case.flops < (1e13 if case.trained else 3e12) else 1
     return Row(case, (*NO_PEERS, *peers) if case.trained else (OURS,), rounds)
 
 
@@ -122,6 +125,7 @@ AXES = {
 
 
 SCALED = list(dict.fromkeys(case for cases in AXES.values() for case in cases))
+GROWING = (OURS, "eager", "TRL")
 
 
 def memory(device: str, long: bool) -> list[tuple[Case, str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from entropy_po.bench import context
-from entropy_po.bench.measure import measure
+from entropy_po.bench.measure import measure, one_line
 from entropy_po.bench.memory import phases
 from entropy_po.bench.problem import Case
 from entropy_po.bench.timing import NOISY, keep_freed_memory
@@ -25,10 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     case = _case(arguments)
     keep_freed_memory()
     row, failed = measure(case, arguments.rounds, progress=partial(_progress, what="rounds"))
-    memory = {}
+    memory: dict[str, dict[str, int]] = {}
     for who in _progress(row["who"], "memory"):
         if who["name"] != row["floor"]:
-            memory[who["name"]] = phases(case, who["name"])
+            try:
+                memory[who["name"]] = phases(case, who["name"])
+            except RuntimeError as error:  # out of memory, in a process of its own: what has been measured stays
+                failed[f"{who['name']}, memory"] = one_line(error)
     print(_table(row, failed, memory))
     if case.d:
         print(_lengths(case, arguments.memory))
@@ -91,19 +94,23 @@ def _table(row: dict, failed: dict[str, str], memory: dict[str, dict[str, int]])
     lines = [
         f"{row['name']}: means of the faster half of {row['rounds']} interleaved rounds; floor: {row['floor']}",
         "",
-        f"{'':32}{'ms':>9}{'x floor':>9}{'x ours':>8}{'error':>10}{'gradient':>10}{'peak MiB':>10}",
+        f"{'':32}{'ms':>9}{'x floor':>9}{'x ours':>8}{'error':>10}{'gradient':>10}{'MiB: forward':>14}{'held':>8}{'backward':>10}",
     ]
     for who in row["who"]:
-        if who["name"] not in memory:
-            continue
-        peak = max(memory[who["name"]]["forward"], memory[who["name"]]["backward"]) / MIB
-        gradient = f"{who['errors']['gradient']:.1e}" if "gradient" in who["errors"] else ""
-        lines.append(
-            f"{who['name']:32}{who['ms']:9.1f}{who['times_floor']:9.2f}{who['times_ours']:8.2f}"
-            f"{who['errors']['value']:10.1e}{gradient:>10}{peak:10.0f}" + ("  noisy" if who["spread"] > NOISY else "")
-        )
+        errors, mib = who["errors"], memory.get(who["name"])
+        cells = [f"{who['name']:32}{who['ms']:9.1f}{who['times_floor']:9.2f}"]
+        cells.append(f"{who['times_ours']:8.2f}" if "times_ours" in who else " " * 8)
+        cells += [f"{errors[name]:10.1e}" if name in errors else " " * 10 for name in ("value", "gradient")]
+        if mib:
+            cells += [
+                f"{mib[phase] / MIB:{width}.0f}" for phase, width in (("forward", 14), ("held", 8), ("backward", 10))
+            ]
+        lines.append("".join(cells) + ("  noisy" if who["spread"] > NOISY else ""))
     lines += [f"{name:32}did not run: {why}" for name, why in failed.items()]
-    lines += ["", "error: worst output against fp64, nats. gradient: relative norm. peak: beside the inputs."]
+    lines += [
+        "",
+        "error: worst output against fp64, nats. gradient: relative norm. MiB: peaks beside the inputs, and what is held between.",
+    ]
     return "\n".join(lines)
 
 

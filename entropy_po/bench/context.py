@@ -35,12 +35,12 @@ def needs(d: int, v: int, element: int = 2, trained: bool = True, device: str = 
             weight + 4096 * 32768 * (element + 4), (sums + element) * d, "dH and its sum; a tile 4096 x 32768" + dweight
         ),
         "Liger-Kernel DPO, 3 products": Need(
-            weight, (element + 4) * v + element * d, "one pair's logits, and log-softmax in fp32" + dweight
+            weight, (2 * element + 4) * v + element * d, "one pair's logits, their gradient, log-softmax in fp32" + dweight
         ),
         "eager torch": Need(
             element * v * d if trained else 0,
-            (2 * element + 8) * v + element * d,
-            "logits as computed and in fp32, log-softmax, gradient" + dweight,
+            12 * v + element * d,
+            "logits in fp32, log-softmax, and a gradient, or logits as computed and their gradient" + dweight,
         ),
     }
 

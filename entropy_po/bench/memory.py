@@ -1,4 +1,4 @@
-"""Peak memory of a case, phase by phase, in a process that runs nothing else: `python -m entropy_po.bench.memory CASE NAME`."""
+"""Peak memory of cases, phase by phase, in a process that runs nothing else: `python -m entropy_po.bench.memory CASES NAME`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from entropy_po.bench.implementations import implementations
+from entropy_po.bench.implementations import COMPILED, implementations
 from entropy_po.bench.problem import Case, Problem
 from entropy_po.memory import held_bytes, peak_bytes, reset_peak
 
 # glibc keeps freed blocks for later, which would hide what a second call allocates; these give every block above 1 MiB back.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": "0"}
 
+THREADS = torch.get_num_threads()
 WARM_UP = 1024  # tokens: enough to have every library loaded; more would only take time
 
 
@@ -46,9 +47,14 @@ def peak_extra_bytes(run: Callable[[], Any]) -> int:
 
 def phases(case: Case, name: str) -> dict[str, int]:
     """Bytes beside the case's inputs: `forward` and `backward` peaks, `held` between them, `results` (the gradients)."""
-    if case.device == "cuda":  # its allocator counts for itself
-        return _phases_here(case, name)
-    return in_fresh_process("entropy_po.bench.memory", json.dumps(asdict(case)), name)
+    return phases_of([case], name)[0]
+
+
+def phases_of(cases: Sequence[Case], name: str) -> list[dict[str, int]]:
+    """The same of several cases, one after another in one process."""
+    if cases[0].device == "cuda":  # its allocator counts for itself
+        return [_phases_here(case, name) for case in cases]
+    return in_fresh_process("entropy_po.bench.memory", json.dumps([asdict(case) for case in cases]), name)
 
 
 def known_bytes(size: int) -> int:
@@ -58,9 +64,10 @@ def known_bytes(size: int) -> int:
 
 def _phases_here(case: Case, name: str) -> dict[str, int]:
     function = implementations(case)[name]
-    problem = Problem(case.but(n=min(case.n, WARM_UP)))
+    torch.set_num_threads(case.threads or THREADS)
+    problem = Problem(case if name in COMPILED else case.but(n=min(case.n, WARM_UP)))
     problem.run(function)  # libraries loaded, threads started, code compiled; what cannot run says so here
-    if case.n > WARM_UP:
+    if problem.case != case:
         problem = Problem(case)
     reset_peak()
     before = held_bytes()
@@ -77,7 +84,7 @@ def _phases_here(case: Case, name: str) -> dict[str, int]:
 def main() -> None:
     what, *name = sys.argv[1:]
     if name:
-        print(json.dumps(_phases_here(Case(**json.loads(what)), *name)))
+        print(json.dumps([_phases_here(Case(**case), *name) for case in json.loads(what)]))
     else:
         print(peak_extra_bytes(lambda: torch.ones(int(what), dtype=torch.uint8)))
 

@@ -195,9 +195,12 @@ class Problem:
         return tuple(x.detach() for x in outputs), tuple(found[: len(self.inputs)])
 
     def errors(self, outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> dict[str, float]:
-        """`value`: the largest absolute error of an output, in nats. `gradient`: the largest relative norm error of one."""
+        """`value`: the largest absolute error of an output, in nats. `relative`: that of a loss above 1 over the loss. `gradient`: the
+        largest relative norm error of one."""
         exact_outputs, exact_gradients = self.truth
         found = {"value": max((a.double() - b).abs().max().item() for a, b in zip(outputs, exact_outputs, strict=True))}
+        if exact_outputs[0].ndim == 0:
+            found["relative"] = found["value"] / max(1.0, exact_outputs[0].abs().item())
         pairs = [(a[: len(b)].double(), b) for a, b in zip(gradients, exact_gradients, strict=True) if b is not None]
         if pairs:
             found["gradient"] = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
@@ -222,7 +225,7 @@ class Problem:
         case = self.case
         hidden, weight = (x.detach() for x in self.tensors)
         rows = min(case.n, FLOOR_BYTES // (case.v * hidden.element_size()))
-        logits = hidden.new_empty(rows, case.v)
+        logits = hidden.new_empty(rows, case.v).fill_(0)  # its pages are there before the first run
         gradient = torch.randn(rows, case.v, dtype=hidden.dtype, device=hidden.device)
 
         def run() -> None:
