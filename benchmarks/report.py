@@ -23,12 +23,12 @@ from entropy_po.bench.implementations import OURS
 from entropy_po.bench.measure import one_line, summarised
 from entropy_po.bench.memory import phases, phases_of
 from entropy_po.bench.problem import COPY, SAMPLED, TRUTH_FLOPS, Case
-from entropy_po.bench.timing import FEW_FAULTS, NOISY, typical
+from entropy_po.bench.timing import FEW_FAULTS, NOISY
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
     "logits": ("Logits path", "Log-probs and entropy of logits that exist. Floor: one read forward; with a gradient, one read "
-               "and one write more, at the rate of all copies in the run."),
+               "and one write more, at the median rate of all copies in the run."),
     "hidden": ("Hidden path", "Log-probs and entropy per token from hidden states and the head's weight; their upstream "
                "gradients come later. Floor: the bare products of a method that holds no logits."),
     "nll": ("Mean negative log-prob", "A loss that is one number, whose gradients can be made in the forward. Floor: three "
@@ -78,11 +78,11 @@ def condensed(processes: list[dict], command: str) -> dict:
 
 
 def _copies(cases: dict[tuple[str, str], dict]) -> dict[tuple[str, str], float]:
-    """Seconds of the copies of the cases that have them for a floor, at the rate of all of them: as of any time, the mean of the faster
-    half. The best would be that of the seconds in which a shared machine's others stood still, if the run had any."""
+    """Seconds of the copies of the cases that have them for a floor, at the median rate of all of them: the faster half, or the best, would
+    be those of the minutes in which a shared machine's others stood still, of which one run has more than another."""
     moved = {key: Case(**row["info"]["case"]).copied_bytes for key, row in cases.items() if row["floor"] == COPY}
-    per_byte = [seconds / moved[key] for key in moved for seconds in cases[key]["seconds"][COPY]]
-    return {key: num_bytes * typical(per_byte) for key, num_bytes in moved.items()} if per_byte else {}
+    rates = [moved[key] / seconds for key in moved for seconds in cases[key]["seconds"][COPY]]
+    return {key: num_bytes / statistics.median(rates) for key, num_bytes in moved.items()}
 
 
 def memory_reading(case: Case, who: str) -> dict:
@@ -163,7 +163,7 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         "Times are means of the faster half of interleaved rounds, at least of two, for what else a machine does only ever adds to them; beside them "
         "are the median of all rounds and their spread, from the first to the third quartile. Where a call takes "
         "milliseconds the rounds are spread over the whole run and several processes. Ratios are of these times, but for those to a copy: "
-        "that is taken at the rate of all copies of the run, found in the same way. "
+        "that is taken at the median rate of all copies of the run. "
         "Errors are against fp64: the worst output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
         "bold.",
         *_sampled(report["rows"]),

@@ -437,6 +437,36 @@ def test_peak_memory_is_gradients_and_the_budget(trained, strategy):
         assert budget // 2 < largest  # the measurement sees the tile
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pairs, nll_coef", [(2, 0.0), (1, 0.3)])
+def test_a_second_sum_of_dw_is_within_the_budget(dtype, pairs, nll_coef):
+    """Of two long pairs, and of one whose chosen tokens carry a known weight. Beside it, as documented, is the first of a half-precision
+    head, in fp32."""
+    n, d, v, budget = 4096, 64, 1024, 4 << 20
+    hidden, weight, _, labels = problem(dtype, n=n, d=d, v=v, ignored=0)
+    hidden.requires_grad_(), weight.requires_grad_()
+    cu = torch.arange(0, n + 1, n // (2 * pairs))
+    strategies = []
+
+    def run():
+        output = linear_preference_loss(
+            hidden,
+            weight,
+            labels,
+            cu,
+            objective=EntropyObjective.qempo(lam=10.0),
+            nll_coef=nll_coef,
+            workspace_bytes=budget,
+        )
+        strategies.append(output.strategy)
+        output.loss.backward()
+
+    peak, _ = allocations(run)
+    assert strategies == ["deferred"]
+    sums = 4 * v * d if dtype == torch.bfloat16 else 0
+    assert peak <= hidden.nbytes + weight.nbytes + sums + n * 4 * 24 + 1.1 * budget
+
+
 def test_empty_and_ignored():
     hidden, weight, bias, labels = problem()
     inputs = leaves(hidden, weight, bias)
