@@ -121,7 +121,7 @@ def _time(plt, report: dict):
     _log_ticks(axes[-1, 0].xaxis, values)
     axes[-1, 0].set_xlabel(
         "time, as a multiple of the floor\n1 is the bare work: a copy's bytes, torch's own matrix products, or a step without its loss; "
-        "left of 1, products are faster than torch's\n" + _where(report), fontsize=8,
+        "left of 1\nare faster products than torch's, or one product fewer, with all logits held\n" + _where(report), fontsize=8,
     )  # fmt: skip
     figure.suptitle(
         "Time against the floor: left is better (N: tokens, D: hidden size, V: vocabulary)",
