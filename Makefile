@@ -37,9 +37,10 @@ docs: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks
 
-# what only a GPU can show, with the Python that has torch and triton (PYTHON=...); says so and passes where there is none
+# what only a GPU can show, with the Python that has torch and triton (PYTHON=...) and options of benchmarks/gpu_check.py (ARGS=...);
+# says so and passes where there is none
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 # A source distribution and, made from it, a wheel for each Python of PYTHONS that runs here, tagged by the C library that it
 # needs. OpenMP's runtime is not put in: torch brings it, and a second one would have threads of its own.

@@ -62,7 +62,7 @@ def static_runtime(nvcc: str) -> Path | None:
 
 def digest_of_cuda(nvcc: str, flags: list[str]) -> str:
     version = subprocess.run([nvcc, "--version"], capture_output=True).stdout
-    digest = hashlib.sha256(version + repr((nvcc, NVCC_FLAGS, flags)).encode())
+    digest = hashlib.sha256(version + repr((NVCC_FLAGS, flags)).encode())
     for path in sorted(Path("csrc").rglob("*.*")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

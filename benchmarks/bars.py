@@ -8,6 +8,7 @@ from typing import NamedTuple
 from entropy_po.bench.implementations import OURS, RECOMPUTE
 from entropy_po.plan import DEFAULT_CPU_SEQUENCE_WORKSPACE, DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE
 
+CUDA_SHAPE = 8192, 151936  # tokens, words
 MEMORY_BAR = DEFAULT_CPU_SEQUENCE_WORKSPACE + (32 << 20)  # bytes of a pair's loss beside inputs and gradients
 
 
@@ -28,11 +29,16 @@ def bars(report: dict) -> list[Bar]:
     on_cpu = report["machine"]["device"] == "CPU"
     for row in report["rows"]:
         by_name = {who["name"]: who for who in row["who"]}
-        if OURS in by_name and row["suite"] in PROMISES:
+        if OURS in by_name and row["suite"] in PROMISES and (on_cpu or _is_promised(row["case"])):
             found += PROMISES[row["suite"]](row, by_name, on_cpu)
         if OURS in by_name and "eager" in by_name and report["machine"].get("keeps_memory") is False:
             found += _as_torch_comes(row, by_name["eager"])
     return found + list(_memory(report["memory"], on_cpu))
+
+
+def _is_promised(case: dict) -> bool:
+    """On a GPU times are promised of one shape: what passes over tiles cost beside the products depends on D above all."""
+    return (case["n"], case["v"]) == CUDA_SHAPE
 
 
 def _logits(row: dict, who: dict, on_cpu: bool) -> Iterator[Bar]:
@@ -41,7 +47,7 @@ def _logits(row: dict, who: dict, on_cpu: bool) -> Iterator[Bar]:
         yield Bar(f"{row['name']}: share of the copy's bandwidth", 1 / ours["times_floor"], 0.85 if case["backward"] else 0.88, True)  # fmt: skip
     elif not case["backward"] and "torch.compile" in who:
         yield Bar(f"{row['name']}: times faster than torch.compile", who["torch.compile"]["times_ours"], 1.8, True)
-    yield Bar(f"{row['name']}: worst error, nats", ours["errors"]["value"], 1e-5)
+    yield Bar(f"{row['name']}: worst error, nats", ours["errors"]["value"], 1e-5 if on_cpu else 2e-5)
 
 
 def _hidden(row: dict, who: dict, on_cpu: bool) -> Iterator[Bar]:
@@ -50,18 +56,29 @@ def _hidden(row: dict, who: dict, on_cpu: bool) -> Iterator[Bar]:
     if case["backward"] and case["trained"] and case["entropy"]:
         limit = (1.10 if exact else 1.45) if on_cpu else 1.12
         yield Bar(f"{row['name']}: times the four bare products", ours["times_floor"], limit)
-    if case["backward"] and not case["trained"] and not case["entropy"]:
-        yield Bar(f"{row['name']}: times the two bare products", ours["times_floor"], 1.10 if on_cpu else 1.25)
-    yield from _errors(row, exact)
+    if case["backward"] and not case["trained"]:
+        if not case["entropy"]:
+            yield Bar(f"{row['name']}: times the two bare products", ours["times_floor"], 1.10 if on_cpu else 1.25)
+        elif not on_cpu:
+            yield Bar(f"{row['name']}: times the three bare products", ours["times_floor"], 1.12)
+    yield from _errors(row, exact, on_cpu)
 
 
-def _errors(row: dict, exact: bool) -> Iterator[Bar]:
-    """Peaked logits of 30 are sums in fp32, each rounded to 2e-6."""
+def _errors(row: dict, exact: bool, on_cpu: bool) -> Iterator[Bar]:
+    """Peaked logits of 30 are sums in fp32, each rounded to 2e-6. A GPU's products are less exact sums than a CPU's."""
     errors = next(who["errors"] for who in row["who"] if who["name"] == OURS)
     if "relative" in errors:
-        yield Bar(f"{row['name']}: error of the loss, over the loss where that is above 1", errors["relative"], 2e-6)
+        yield Bar(
+            f"{row['name']}: error of the loss, over the loss where that is above 1",
+            errors["relative"],
+            2e-6 if on_cpu else 2e-5,
+        )
     elif row["suite"] == "hidden":
-        yield Bar(f"{row['name']}: worst error, nats", errors["value"], 4e-5 if row["case"]["peaked"] else 1e-5)
+        yield Bar(
+            f"{row['name']}: worst error, nats",
+            errors["value"],
+            4e-5 if row["case"]["peaked"] else 1e-5 if on_cpu else 2e-5,
+        )
     if "gradient" in errors:
         yield Bar(f"{row['name']}: relative gradient error", errors["gradient"], 1e-5 if exact else 5e-3)
 
@@ -74,7 +91,7 @@ def _pair(row: dict, who: dict, on_cpu: bool) -> Iterator[Bar]:
     yield Bar(f"{row['name']}: times the {products} bare products", ours["times_floor"], limit if on_cpu else 1.12)
     if case["trained"] and RECOMPUTE in who:
         yield Bar(f"{row['name']}: times faster than recompute", who[RECOMPUTE]["times_ours"], 1.25, True)
-    yield from _errors(row, case["dtype"] == "float32")
+    yield from _errors(row, case["dtype"] == "float32", on_cpu)
 
 
 def _as_torch_comes(row: dict, eager: dict) -> Iterator[Bar]:

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 from benchmarks import report, suites
+from benchmarks.bars import CUDA_SHAPE
 from entropy_po.bench.measure import measure, one_line
 
 FIRST = ("pair", "hidden", "logits", "nll")
-PROMISED = (8192, 151936)  # tokens, words
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
             memory.append(report.memory_reading(*waiting.pop(0)))
 
     def promised(row: suites.Row) -> bool:
-        return (row.case.n, row.case.v) == PROMISED
+        return (row.case.n, row.case.v) == CUDA_SHAPE
 
     cases = [(suite, row) for suite, rows_of in suites.cuda(arguments.quick).items() for row in rows_of]
     cases.sort(key=lambda pair: (not promised(pair[1]), FIRST.index(pair[0])))

@@ -6,14 +6,20 @@ A block serves every width, so it is chosen over several shapes at once: the lea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
+import multiprocessing
+import os
+import random
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
+from triton import TritonError
 
 from entropy_po.bench.timing import median_ms
 from entropy_po.kernels.config import LaunchConfig, architecture
@@ -31,30 +37,58 @@ BLOCKS = [
 ]
 
 
+def problem(n: int, v: int, dtype: torch.dtype, device: torch.device | str) -> tuple:
+    """(tile, labels, state, upstream gradient) that a launch takes."""
+    tile = torch.randn(n, v, device=device).to(dtype)
+    labels = torch.randint(v, (n,), device=device)
+    state = new_state(n, Level.ENTROPY, tile)
+    fold_(tile, labels, 0, state, Transform(), level=Level.ENTROPY)
+    return tile, labels, state, torch.full((n,), 1e-3, device=device)
+
+
+def launch(kernel: str, config: LaunchConfig, tile, labels, state, upstream) -> tuple[partial, int]:
+    """(the launch, the bytes that it moves)."""
+    if kernel == "fold":
+        run = partial(fold_, tile, labels, 0, state, Transform(), level=Level.ENTROPY, first=True, config=config)
+        return run, tile.nbytes
+    # as the hidden path has it: fp32 logits become a bf16 gradient in their own memory
+    out = bf16_overlay(tile) if tile.dtype == torch.float32 else tile
+    run = partial(grad_, tile, labels, 0, state, upstream, upstream, Transform(), out=out, config=config)
+    return run, tile.nbytes + out.nbytes
+
+
+def compile_one(kernel: str, dtype: torch.dtype, config: LaunchConfig, device: str = "cuda") -> None:
+    """Leaves the kernel in Triton's cache on disk. Neither rows nor width are part of what is compiled."""
+    with contextlib.suppress(TritonError):  # `timed` will say what does not launch
+        launch(kernel, config, *problem(16, SHAPES[0][1], dtype, device))[0]()
+
+
+def compile_all(jobs: list[tuple[str, torch.dtype, LaunchConfig]]) -> None:
+    """A compilation takes seconds of one core, a timing less than one."""
+    workers = min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, *zip(*jobs, strict=True)))
+
+
 def timed(kernel: str, dtype: torch.dtype, config: LaunchConfig, tiles: list) -> float:
     """Geometric mean over the shapes of the seconds per gigabyte; infinity where the device cannot launch it."""
     costs = []
-    for tile, labels, state, upstream in tiles:
-        if kernel == "fold":
-            moved = tile.nbytes
-            run = partial(fold_, tile, labels, 0, state, Transform(), level=Level.ENTROPY, config=config)
-        else:
-            # as the hidden path has it: fp32 logits become a bf16 gradient in their own memory
-            out = bf16_overlay(tile) if dtype == torch.float32 else tile
-            moved = tile.nbytes + out.nbytes
-            run = partial(grad_, tile, labels, 0, state, upstream, upstream, Transform(), out=out, config=config)
+    for found in tiles:
+        run, moved = launch(kernel, config, *found)
         try:
             costs.append(median_ms(run, rounds=5) / moved * 1e6)
-        except Exception as error:  # out of shared memory or registers: not a block for this device
-            print(f"  {kernel} {dtype} {config}: {type(error).__name__}")
+        except TritonError as error:  # out of shared memory or registers: not a block for this device
+            print(f"  {kernel} {dtype} {config}: {type(error).__name__}: {error}")
             return math.inf
     return math.exp(sum(map(math.log, costs)) / len(costs))
 
 
 def candidates(kernel: str, dtype: torch.dtype, old: LaunchConfig) -> list[LaunchConfig]:
-    """Those to try, the present one first. Stages mean nothing to a gradient that narrows."""
+    """Those to try, the present one first, the others in no order, so that any part of them is of all sizes. Stages mean nothing to
+    a gradient that narrows."""
     narrows = kernel == "grad" and dtype == torch.float32
     blocks = [LaunchConfig(x.block_v, x.num_warps, old.num_stages) if narrows else x for x in BLOCKS]
+    random.Random(0).shuffle(blocks)
     return list(dict.fromkeys([old, *blocks]))
 
 
@@ -70,22 +104,26 @@ def main() -> None:
     name, table = architecture(device), json.loads(TABLE.read_text())
     before = table.get(name, table["default"])
     entry = {kernel: dict(before[kernel]) for kernel in ("fold", "grad")}
+    configs = {
+        (kernel, dtype): candidates(kernel, dtype, LaunchConfig(*before[kernel][str(dtype.itemsize)]))
+        for dtype in DTYPES
+        for kernel in entry
+    }
+    compile_all([(*which, config) for which, found in configs.items() for config in found])
     for dtype in DTYPES:
-        tiles = []
-        for n, v in SHAPES[:1] if arguments.quick else SHAPES:
-            tile = torch.randn(n, v, device=device).to(dtype)
-            labels = torch.randint(v, (n,), device=device)
-            state = new_state(n, Level.ENTROPY, tile)
-            fold_(tile, labels, 0, state, Transform(), level=Level.ENTROPY)
-            tiles.append((tile, labels, state, torch.full((n,), 1e-3, device=device)))
-        for kernel in ("fold", "grad"):
-            old = LaunchConfig(*before[kernel][str(dtype.itemsize)])
-            found, costs = candidates(kernel, dtype, old), {}
+        tiles = [problem(n, v, dtype, device) for n, v in (SHAPES[:1] if arguments.quick else SHAPES)]
+        for kernel in entry:
+            found, costs = configs[kernel, dtype], {}
+            old = found[0]
             share, left = time.monotonic() + (end - time.monotonic()) / left, left - 1
             for config in found:
                 if not costs or time.monotonic() < share:
                     costs[config] = timed(kernel, dtype, config, tiles)
             best = min(costs, key=costs.get)
+            if math.isinf(costs[best]):
+                raise SystemExit(
+                    f"{kernel} {dtype}: none of {len(costs)} blocks could be launched; the table is as it was."
+                )
             entry[kernel][str(dtype.itemsize)] = [best.block_v, best.num_warps, best.num_stages]
             tried = f"{costs[old] / costs[best]:.3f} times as fast as {old}; {len(costs)} of {len(found)} tried"
             print(f"{name} {kernel} {dtype}: {best}, {tried}", flush=True)

@@ -28,7 +28,7 @@ from entropy_po.bench.timing import FEW_FAULTS, NOISY
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
     "logits": ("Logits path", "Log-probs and entropy of logits that exist. Floor: one read forward; with a gradient, one read "
-               "and one write more, at the median rate of all copies in the run."),
+               "and one write more, at the rate of a copy."),
     "hidden": ("Hidden path", "Log-probs and entropy per token from hidden states and the head's weight; their upstream "
                "gradients come later. Floor: the bare products of a method that holds no logits."),
     "nll": ("Mean negative log-prob", "A loss that is one number, whose gradients can be made in the forward. Floor: three "
@@ -138,6 +138,7 @@ def save(report: dict, folder: Path = RESULTS) -> Path:
 def write(report: dict, folder: Path = RESULTS) -> str:
     """Writes report.json, report.md and the pictures into <folder>/<device>; returns the page."""
     folder = save(report, folder)
+    (folder / "report.md").write_text(markdown(report, {}))  # is there even if nothing can be drawn
     text = markdown(report, charts.draw(report, folder))
     (folder / "report.md").write_text(text)
     return f"{text}\nwritten to {folder}"
@@ -161,10 +162,14 @@ def markdown(report: dict, pictures: dict[str, str]) -> str:
         f"{machine['clock_mhz'] or 'unknown'} MHz{_when(machine)}. {versions}.",
         "",
         "Times are means of the faster half of interleaved rounds, at least of two, for what else a machine does only ever adds to them; beside them "
-        "are the median of all rounds and their spread, from the first to the third quartile. Where a call takes "
-        "milliseconds the rounds are spread over the whole run and several processes. Ratios are of these times, but for those to a copy: "
-        "that is taken at the median rate of all copies of the run. "
-        "Errors are against fp64: the worst output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
+        "are the median of all rounds and their spread, from the first to the third quartile. "
+        + (
+            "Where a call takes milliseconds the rounds are spread over the whole run and several processes. Ratios are of these times, but "
+            "for those to a copy: that is taken at the median rate of all copies of the run. "
+            if machine["device"] == "CPU"
+            else "Ratios are of these times. "
+        )
+        + "Errors are against fp64: the worst output, in nats, and the relative norm of the worst gradient. Where another is faster than this library, that is in "
         "bold.",
         *_sampled(report["rows"]),
         *_allocation(machine),
@@ -249,7 +254,8 @@ def _times(rows: list[dict]) -> list[str]:
             cells = [
                 row["name"] if i == 0 else "",
                 f"*{who['name']}*" if who["name"] == row["floor"] else who["name"],
-                f"{who['ms']:.1f}" + (f", in the whole run {who['run_ms']:.1f}" if "run_ms" in who else ""),
+                _ms(who["ms"])
+                + (f", in the whole run {_ms(who['run_ms'])}" if who.get("run_ms", who["ms"]) != who["ms"] else ""),
                 _middle(who),
                 f"{who['times_floor']:.2f}" if "times_floor" in who and who["name"] != row["floor"] else "",
                 _against_ours(who, is_floor=who["name"] == row["floor"]),
@@ -262,7 +268,11 @@ def _times(rows: list[dict]) -> list[str]:
 
 def _middle(who: dict) -> str:
     readings = who["readings_ms"]
-    return f"{statistics.median(readings):.1f}, {who['spread']:.0%}" if len(readings) > 1 else "one reading"
+    return f"{_ms(statistics.median(readings))}, {who['spread']:.0%}" if len(readings) > 1 else "one reading"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def _against_ours(who: dict, is_floor: bool) -> str:

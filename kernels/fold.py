@@ -23,7 +23,6 @@ from entropy_po.kernels.row_math import (
     LEVEL_ENTROPY,
     LEVEL_EXTRAS,
     MINUS_INF,
-    NAN,
     floored,
     rescale,
     row_pointer,
@@ -108,8 +107,9 @@ def _fold_kernel(
     lanes = tl.arange(0, BLOCK_V)
     old = first == 0
     old_m = tl.load(state_ptr, mask=old, other=MINUS_INF)
-    old_label_d = tl.load(state_ptr + 3 * step, mask=old, other=NAN)
-    old_label_z = tl.load(state_ptr + 4 * step, mask=old, other=NAN)
+    # spelled out: a global constexpr is compared with itself at every launch, and a NaN has then changed
+    old_label_d = tl.load(state_ptr + 3 * step, mask=old, other=float("nan"))
+    old_label_z = tl.load(state_ptr + 4 * step, mask=old, other=float("nan"))
     m = old_m
     s = tl.where(lanes == 0, tl.load(state_ptr + step, mask=old, other=0.0), 0.0)
     t = tl.zeros_like(s)

@@ -12,7 +12,6 @@ from entropy_po.types import Level
 LEVEL_ENTROPY = tl.constexpr(int(Level.ENTROPY))
 LEVEL_EXTRAS = tl.constexpr(int(Level.EXTRAS))
 MINUS_INF = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit

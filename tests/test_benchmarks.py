@@ -289,7 +289,7 @@ def test_report_names_everything_and_draws_four_pictures(tmp_path):
         "RuntimeError: no",
         "too busy to believe",
         "| hidden size, 256 to 512 | entropy_po | +0.00 | +0.00 |",
-        "2.0, 50%",
+        "| 2, 50% |",
         "begun 2026-01-01, 19 minutes, in which the host gave 2.5% of the processors' time to others",
         "Promises",
     ):

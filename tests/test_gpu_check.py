@@ -52,8 +52,98 @@ def test_what_a_stage_leaves_goes_to_those_after_it(tmp_path):
     assert stages.limit("build") == pytest.approx(gpu_check.STAGES["build"], abs=5)
     assert stages.run("build", ["true"])
     assert stages.limit("operators") == pytest.approx(gpu_check.STAGES["build"] + gpu_check.STAGES["operators"], abs=5)
+    due = stages.due
+    stages.run("build", ["true"])  # once more: within what is left of the same time
+    assert stages.due == due
     stages.due = stages.end = time.monotonic()
     assert stages.limit("tune") < 0
+
+
+@pytest.mark.parametrize("broken", [(), ("triton",), ("cuda",), ("triton", "cuda")])
+def test_nothing_is_spent_on_a_backend_that_does_not_launch(broken, tmp_path, monkeypatch):
+    ran = {}
+
+    def run(self, name, command, **environment):
+        ran[name] = environment
+        self.results[name] = "FAILED (1)" if name in broken else "ok"
+        return name not in broken
+
+    monkeypatch.setattr(gpu_check.Stages, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    for name in ("SITE", "ROOT", "TABLE"):
+        monkeypatch.setattr(gpu_check, name, tmp_path / name)
+    gpu_check.TABLE.write_text("{}")
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: name)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--output_dir", str(tmp_path / "out")])
+    assert gpu_check.main() == bool(broken)
+    every = [*gpu_check.STAGES]
+    if len(broken) == 2:
+        assert [*ran] == ["build", "triton", "cuda"]
+    elif broken == ("triton",):
+        assert [*ran] == [name for name in every if name != "tune"]
+        assert ran["times"] == {"ENTROPY_PO_BACKEND": "cuda"}
+    else:
+        assert [*ran] == every and ran["times"] == {}
+
+
+def test_the_smoke_test_sees_a_wrong_result(monkeypatch, capsys):
+    """On this device: that backends agree is shown, and that one that does not is refused."""
+    from benchmarks import gpu_smoke
+
+    randn, randint, generator = torch.randn, torch.randint, torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: generator())
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator, device: randn(*shape, generator=generator))
+    monkeypatch.setattr(torch, "randint", lambda *shape, generator, device: randint(*shape, generator=generator))
+    gpu_smoke.main("cpp")
+    assert capsys.readouterr().out.count("from torch") == 6
+    right = gpu_smoke.results
+    monkeypatch.setattr(
+        gpu_smoke, "results", lambda *call: [x * (1.1 if call[1] == "cpp" else 1) for x in right(*call)]
+    )
+    with pytest.raises(SystemExit, match=r"cpp: token_stats of .* is wrong"):
+        gpu_smoke.main("cpp")
+
+
+def test_peers_that_the_caller_brought_are_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/wheels/of/peers")
+    stages = gpu_check.Stages(60, tmp_path / "log")
+    assert stages.run("build", [sys.executable, "-c", "import sys; print(*sys.path)"])
+    said = (tmp_path / "log").read_text()
+    assert str(gpu_check.SITE) in said and "/wheels/of/peers" in said
+
+
+def test_blocks_are_tuned_over_all_sizes(tmp_path):
+    """In Triton's interpreter, whose times mean nothing, a kernel of each kind at two sizes, on a table of its own."""
+    pytest.importorskip("triton")
+    code = f"""
+import json, sys, torch
+from pathlib import Path
+from types import SimpleNamespace
+from benchmarks import gpu_tune
+torch.cuda.current_device = lambda: 0
+gpu_tune.torch.device = lambda *_: "cpu"
+gpu_tune.architecture = lambda device: "sm_99"
+table = Path({str(tmp_path / "blocks.json")!r})
+table.write_text(gpu_tune.TABLE.read_text())
+gpu_tune.TABLE, gpu_tune.SHAPES = table, [(2, 300), (3, 200)]
+tried = gpu_tune.candidates("fold", torch.float32, gpu_tune.LaunchConfig(1, 1, 1))
+assert len(tried) == 1 + len(gpu_tune.BLOCKS) and {{x.block_v for x in tried[1:7]}} == {{2048, 4096, 8192}}, tried
+gpu_tune.BLOCKS = gpu_tune.BLOCKS[:1]
+compiled = []
+gpu_tune.compile_all = lambda jobs: compiled.extend(jobs)
+sys.argv = ["gpu_tune"]
+gpu_tune.main()
+assert len(compiled) >= 4
+for job in compiled[:2]:
+    gpu_tune.launch(job[0], job[2], *gpu_tune.problem(2, 300, job[1], "cpu"))[0]()
+made = json.loads(table.read_text())["sm_99"]
+assert made.keys() == {{"fold", "grad"}} and all(made[kernel].keys() >= {{"2", "4"}} for kernel in made)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 tried" in done.stdout
 
 
 def test_every_test_of_a_gpu_is_in_a_stage():

@@ -315,6 +315,41 @@ def compile_and_report(which):
     print(json.dumps(report))
 
 
+def launch_and_report():
+    """Launches by Triton's own code, all of it but the driver: this one notes what it would have been given."""
+    from triton.backends.compiler import GPUTarget
+
+    noted = []
+
+    class Launcher:
+        def __init__(self, source, metadata):
+            self.name = metadata.name
+
+        def __call__(self, x, y, z, stream, function, metadata, *arguments):
+            noted.append((self.name, x, y, z))
+
+    utils = SimpleNamespace(
+        load_binary=lambda *binary: (object(), 0, 32, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": SHARED_BYTES["sm_90"]},
+    )
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0, launcher_cls=Launcher, utils=utils,
+        get_current_target=lambda: GPUTarget(*TARGETS["sm_90"]),
+    ))  # fmt: skip
+    gen, v = torch.Generator().manual_seed(0), 4099
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for name in ("plain", "everything"):
+            for n in (3, 5):  # the second time nothing is compiled
+                acc = state_dtype(dtype)
+                tile, labels = torch.zeros(n, v, dtype=dtype), torch.zeros(n, dtype=torch.int64)
+                transform = make_transform(gen, name, n, dtype, v, device="cpu").tile(slice(None), slice(0, v), acc)
+                state = new_state(n, Level.ENTROPY, tile)
+                launch.fold_(tile, labels, 0, state, transform, level=Level.ENTROPY)
+                launch.grad_(tile, labels, 0, state, torch.ones(n, dtype=acc), None, transform)
+                tiles.stats(state, STATS[:2], backend=tiles.Backend.TRITON)
+    print(json.dumps(noted))
+
+
 def compiled(which, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, __file__, which]
@@ -346,10 +381,19 @@ def test_hot_kernels_compile_for_every_target(tmp_path):
 
 
 @pytest.mark.compiler
+def test_every_launch_reaches_the_driver(tmp_path):
+    """What is checked at a launch, a compiled binary alone does not show."""
+    noted = compiled("launches", tmp_path)
+    assert len(noted) == 3 * 2 * 2 * 3
+    assert {tuple(grid) for _, *grid in noted if "stats" not in _} == {(3, 1, 1), (5, 1, 1)}
+    assert {name for name, *_ in noted} == {"_fold_kernel", "_grad_kernel", "_stats_kernel"}
+
+
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_other_kernels_compile_for_every_target(tmp_path):
     assert_sound(compiled("rest", tmp_path)["kernels"])
 
 
 if COMPILES:
-    compile_and_report(sys.argv[1])
+    launch_and_report() if sys.argv[1] == "launches" else compile_and_report(sys.argv[1])

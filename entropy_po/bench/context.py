@@ -35,7 +35,9 @@ def needs(d: int, v: int, element: int = 2, trained: bool = True, device: str = 
             weight + 4096 * 32768 * (element + 4), (sums + element) * d, "dH and its sum; a tile 4096 x 32768" + dweight
         ),
         "Liger-Kernel DPO, 3 products": Need(
-            weight, (2 * element + 4) * v + element * d, "one pair's logits, their gradient, log-softmax in fp32" + dweight
+            weight,
+            (2 * element + 4) * v + element * d,
+            "one pair's logits, their gradient, log-softmax in fp32" + dweight,
         ),
         "eager torch": Need(
             element * v * d if trained else 0,
