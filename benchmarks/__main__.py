@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
-from benchmarks.suites import PROCESSES
+from benchmarks import report, suites
 
 HERE = Path(__file__).parent
 
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> int:
     failed = 0
     began, before = datetime.now(timezone.utc), _processor_time()
     with tempfile.TemporaryDirectory() as folder:
-        for process in range(PROCESSES):
+        for process in range(len(suites.long()["pair"]) if "--long" in options else suites.PROCESSES):
             path = Path(folder) / f"{process}.json"
             command = [sys.executable, "-m", "pytest", str(HERE), "--benchmark-enable", "--benchmark-quiet", "--no-header",
                        "-q", "-p", "no:cacheprovider", "-W", "ignore", "-r", "fE", f"--benchmark-json={path}",

@@ -86,10 +86,14 @@ def pytest_generate_tests(metafunc):
 
 def _rounds(found: dict[str, list[suites.Row]], process: int) -> Iterator[tuple[str, suites.Row, int]]:
     """(suite, row, round) of one process: its half of the rounds of rows that are split, all of those of its half of the others, and in
-    between at even distances its rounds of the rows that are spread. Without such it is alone."""
+    between at even distances its rounds of the rows that are spread. Without such every row has a process: the longest take most of
+    a machine's memory, and one that is killed for it takes no other's readings along."""
     every = [(suite, row) for suite, rows in found.items() for row in rows]
     spread = [x for x in every if x[1].visits]
-    processes, visits = (suites.PROCESSES, suites.VISITS) if spread else (1, 1)
+    if not spread:
+        yield from ((suite, row, i) for suite, row in every[process : process + 1] for i in range(row.rounds or ROUNDS))
+        return
+    processes, visits = suites.PROCESSES, suites.VISITS
     if process >= processes:
         return
     compact = [

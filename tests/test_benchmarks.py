@@ -197,9 +197,9 @@ def test_which_process_takes_which_readings():
     spread = [row for rows in suites.cpu().values() for row in rows if row.visits]
     assert len(spread) >= 10
 
-    def ids(process):
+    def ids(process, *options):
         command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "--device", "cpu",
-                   f"--process={process}"]  # fmt: skip
+                   f"--process={process}", *options]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return [line.split("[", 1)[1] for line in done.stdout.splitlines() if "::test_time[" in line]
 
@@ -207,6 +207,11 @@ def test_which_process_takes_which_readings():
     assert ids(suites.PROCESSES) == ["NOTSET]"]  # pytest's for nothing
     every = [name for names in found for name in names]
     assert len(every) == len(set(every))
+    rows = suites.long()["pair"]
+    for process in (0, len(rows) - 1):
+        names = ids(process, "--long")
+        assert names and all(f": {rows[process].case.name}: " in name for name in names)
+    assert ids(len(rows), "--long") == ["NOTSET]"]
     for row in spread:
         for number, names in enumerate(found):
             at = [i for i, name in enumerate(names) if f": {row.case.name}: floor, round " in name]
