@@ -107,7 +107,7 @@ def _fold_kernel(
     lanes = tl.arange(0, BLOCK_V)
     old = first == 0
     old_m = tl.load(state_ptr, mask=old, other=MINUS_INF)
-    # spelled out: a global constexpr is compared with itself at every launch, and a NaN has then changed
+    # spelled out: a module's constexpr is compared with itself at every launch, and a NaN has then changed
     old_label_d = tl.load(state_ptr + 3 * step, mask=old, other=float("nan"))
     old_label_z = tl.load(state_ptr + 4 * step, mask=old, other=float("nan"))
     m = old_m
