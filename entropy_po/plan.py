@@ -153,10 +153,6 @@ class Choice(NamedTuple):
     def reason(self) -> str:
         return WHY[self.why].format(**self._asdict())
 
-    @property
-    def by_name(self) -> bool:
-        return self.why == _BY_NAME
-
 
 WHY = (
     "asked for by name",

@@ -200,6 +200,17 @@ def test_a_name_is_obeyed_whatever_the_budget(strategy, trained):
     )
     assert output.strategy == strategy
     assert_same(output.loss, inputs[:count], exact_loss(exact_inputs, labels, ref), exact_inputs[:count])
+    with torch.no_grad():  # what trains evaluates
+        same = call(
+            inputs,
+            labels,
+            None,
+            ref_hidden_states=ref_hidden,
+            ref_weight=ref_weight,
+            strategy=strategy,
+            workspace_bytes=1,
+        )
+    assert torch.allclose(same.margins, output.margins, rtol=1e-5)
     if strategy != "deferred" or not trained:
         output = sequence_loss(
             *inputs[:2], labels, FULL, lambda b: b.logps.sum(), bias=inputs[2], strategy=strategy, workspace_bytes=1

@@ -120,8 +120,8 @@ def linear_preference_loss(
         pair_weights: [B], constants.
         reduction: "mean" or "sum".
         workspace_bytes: bound on what lives beside inputs, gradients and the fp32 sum of a half-precision weight's
-            gradient (of the hidden states' too over a vocab_group, or on a CPU without bf16 products); None for 256 MiB on a CPU and a quarter of the free memory on a GPU, with a frozen head for 64 MiB and
-            1 GiB.
+            gradient (of the hidden states' too over a vocab_group, or on a CPU without bf16 products); None for 256 MiB on a
+            CPU and a quarter of the free memory on a GPU, with a frozen head for 64 MiB and 1 GiB.
         strategy: "auto", "resident", "deferred" or "recompute" (`entropy_po.plan.plan_sequences`); a name is obeyed.
         vocab_group: the ranks that split the vocabulary, as in `linear_token_stats`; ref_weight is split as weight is.
         sequence_group: the ranks that split the sequences (context parallelism), None for none: each calls this with its
@@ -309,9 +309,11 @@ def _forward(
     plan = sequences.plan_for(
         head, seqs, needs, strategy, workspace_bytes, row_by_row, coupled=2, can_defer=True, anchored=nll_coef > 0
     )
-    budget = sequences.any_shape_budget(head, plan)
+    budget = sequences.any_shape_budget(head, plan.choice.workspace_bytes, strategy)
     if ref_hidden is not None:
-        ref_logps = _reference_logps(ref_hidden, ref_weight, ref_bias, labels, seqs, options, plan)
+        ref_head = LmHead(ref_hidden, ref_weight, ref_bias, labels, (*options[:6], ["logps"], *options[7:]))
+        ref_budget = sequences.any_shape_budget(ref_head, plan.choice.workspace_bytes, strategy)
+        ref_logps = _reference_logps(ref_head, seqs, ref_budget)
     if pair_weights is None:
         pair_weights = hidden.new_ones(num_pairs, dtype=torch.float64)
     pair_loss = _PairLoss(
@@ -344,18 +346,9 @@ def _forward(
     )
 
 
-def _reference_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    seqs: Sequences,
-    options: schema.FlatOptions,
-    plan: SequencePlan,
-) -> Tensor:
+def _reference_logps(head: LmHead, seqs: Sequences, workspace_bytes: int) -> Tensor:
     """[2B] in fp64, tile by tile and without gradient."""
-    head = LmHead(hidden, weight, bias, labels, (*options[:6], ["logps"], *options[7:]))
-    state = linear_token_stats.fold(head, sequences.any_shape_budget(head, plan))
+    state = linear_token_stats.fold(head, workspace_bytes)
     return seqs.sums(exact_logps(state[:, : head.num_kept]))
 
 

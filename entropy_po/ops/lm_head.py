@@ -94,7 +94,7 @@ class LmHead:
         if self.transform.bias is not None:
             raw = raw + self.transform.bias[index].to(raw.dtype)
         if self.transform.keep_mask is not None:
-            places = torch.arange(rows.start, rows.stop, device=raw.device) if self.kept is None else self.kept[rows]
+            places = torch.arange(self.num_rows, device=raw.device)[self._places(rows)]
             keep = self.transform.keep_mask.expand(self.num_rows, self.vocab_size)[places, index]
             raw = raw.masked_fill(~keep, -torch.inf)
         tile = raw[:, None].clone()

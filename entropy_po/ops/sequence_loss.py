@@ -149,7 +149,7 @@ def sequence_loss(
     plan = sequences.plan_for(head, seqs, needs, strategy, workspace_bytes, coupled=coupled, row_by_row=row_by_row)
     batches = _Batches(head, seqs, coupled)
     if plan.choice.name in ("recompute", "deferred"):
-        budget = sequences.any_shape_budget(head, plan)
+        budget = sequences.any_shape_budget(head, plan.choice.workspace_bytes, strategy)
         stats, state = linear_token_stats.stats_and_state(
             *inputs, labels, options, budget, ahead=plan.choice.name == "deferred"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -134,20 +133,13 @@ def _log(choice: Choice) -> None:
         logger.info("gradients of sequences: %s (%s)", choice.name, choice.reason)
 
 
-def any_shape_budget(head: LmHead, plan: SequencePlan) -> int:
-    """For tiles of any shape; a strategy that was asked for by name gets one, whatever the budget."""
-    budget = min(plan.choice.workspace_bytes, ANY_SHAPE_WORKSPACE[head.hidden.device.type])
-    if not plan.choice.by_name:
+def any_shape_budget(head: LmHead, workspace_bytes: int, strategy: str) -> int:
+    """For tiles of any shape; a call that names its strategy gets one, whatever the budget, also where nothing is trained."""
+    budget = min(workspace_bytes, ANY_SHAPE_WORKSPACE[head.hidden.device.type])
+    if strategy == "auto":
         return budget
-    smallest = partial(
-        tile_bytes,
-        MIN_TILE_SIDE,
-        MIN_TILE_SIDE,
-        head.dim,
-        element=head.arithmetic.itemsize,
-        operand_copies=head.operand_copies,
-    )
-    return max(budget, smallest(), smallest(frozen=True))
+    element, copies = head.arithmetic.itemsize, head.operand_copies
+    return max(budget, tile_bytes(MIN_TILE_SIDE, MIN_TILE_SIDE, head.dim, element=element, operand_copies=copies))
 
 
 def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
