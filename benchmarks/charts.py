@@ -151,13 +151,13 @@ def _memory(plt, report: dict):
         axis.plot(*zip(*points, strict=True), **style)
         n, mib = points[-1]
         ends.setdefault((n, round(8 * math.log2(mib))), []).append(name)  # lines that end together share a label
+    lengths = sorted({row["n"] for row in rows})
     for (n, place), names in ends.items():
-        longest = n == max(row["n"] for row in rows)
+        longest = n == lengths[-1]
         axis.annotate(
             ", ".join(names) + ("" if longest else f"\n(all logits held:\nnot tried beyond {n:,})"), (n, 2 ** (place / 8)), xytext=(7, 0),
             textcoords="offset points", va="center", color=_style(names[0])["color"], fontsize=9 if longest else 8,
         )  # fmt: skip
-    lengths = sorted({row["n"] for row in rows})
     axis.set(
         xscale="log", yscale="log", xlabel=f"tokens in one pair, both answers\n{_where(report)}",
         ylabel="peak MiB of forward and backward,\nbeside inputs and gradients",
@@ -221,7 +221,7 @@ def _accuracy(plt, report: dict):
 
 
 class Grown(NamedTuple):
-    """What grows with one size of a case: ms, or bare for a floor, and MiB beside inputs and gradients, [] where not measured."""
+    """What grows with one size of a case: ms, and MiB beside inputs and gradients, [] where not measured."""
 
     axis: str
     fixed: str  # the other sizes
@@ -236,27 +236,21 @@ FIELDS = {"tokens": "n", "vocabulary": "v", "hidden size": "d", "threads": "thre
 
 def growth(report: dict) -> list[Grown]:
     """Of every axis and implementation that all sizes were measured of, the floor (`FLOOR`) among them."""
-    rows = {row["name"]: row for row in report["rows"] if row["suite"] == "scaling"}
+    ms = {
+        row["name"]: {FLOOR if who["name"] == row["floor"] else who["name"]: who["ms"] for who in row["who"]}
+        for row in report["rows"]
+        if row["suite"] == "scaling"
+    }
+    letters = {"N": "tokens", "V": "vocabulary", "D": "hidden size"}
     peaks = {(row["case"], row["who"]): beside(row) / 2**20 for row in report["memory"] if "sizes" in row}
     found = []
     for axis, cases in AXES.items():
-        cases = [case for case in cases if case.name in rows]
+        cases = [case for case in cases if case.name in ms]
         if len(cases) < 2:
             continue
-        letters = {"N": "tokens", "V": "vocabulary", "D": "hidden size"}
         fixed = ", ".join(f"{x} {getattr(cases[0], FIELDS[size])}" for x, size in letters.items() if size != axis)
         for who in (FLOOR, *GROWING):
-            times = [
-                next(
-                    (
-                        w["ms"]
-                        for w in rows[case.name]["who"]
-                        if w["name"] == (rows[case.name]["floor"] if who == FLOOR else who)
-                    ),
-                    None,
-                )
-                for case in cases
-            ]
+            times = [ms[case.name].get(who) for case in cases]
             mib = [peaks.get((case.name, who)) for case in cases]
             if None not in times:
                 sizes = [getattr(case, FIELDS[axis]) for case in cases]

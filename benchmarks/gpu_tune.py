@@ -57,10 +57,10 @@ def launch(kernel: str, config: LaunchConfig, tile, labels, state, upstream) -> 
     return run, tile.nbytes + out.nbytes
 
 
-def compile_one(kernel: str, dtype: torch.dtype, config: LaunchConfig, device: str = "cuda") -> None:
+def compile_one(kernel: str, dtype: torch.dtype, config: LaunchConfig) -> None:
     """Leaves the kernel in Triton's cache on disk. Neither rows nor width are part of what is compiled."""
     with contextlib.suppress(TritonError):  # `timed` will say what does not launch
-        launch(kernel, config, *problem(16, SHAPES[0][1], dtype, device))[0]()
+        launch(kernel, config, *problem(16, SHAPES[0][1], dtype, "cuda"))[0]()
 
 
 def compile_all(jobs: list[tuple[str, torch.dtype, LaunchConfig]]) -> None:

@@ -129,7 +129,7 @@ def _compiled_stats() -> Callable:
 
 
 def _torch_fused(problem: Problem) -> Outputs:
-    """In chunks as its options' defaults choose; on a CPU, where these are of 16 or 32 rows and take two to three times as long, of 256."""
+    """In chunks as its options' defaults choose; on a CPU, where these are of 16 or 32 rows and slower, of 256."""
     hidden, weight = problem.tensors
     chunks: dict[str, Any] = {} if hidden.is_cuda else {"chunking_method": None, "batch_chunk_size": 256}
     options = torch.nn.LinearCrossEntropyOptions(**chunks)
