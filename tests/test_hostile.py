@@ -267,7 +267,9 @@ def test_refused_by_name_or_right(function_name, name, seed):
     for what, value in hostile_values(name, valid):
         call = valid | {name: value}
         if name in ("ref_hidden_states", "ref_bias"):
-            call = {k: v for k, v in call.items() if k != "ref_logps"} | {"ref_weight": randn(V, D)}
+            call = {k: v for k, v in call.items() if k != "ref_logps"}
+            if name == "ref_hidden_states":  # a bias is tried with the policy's weight
+                call["ref_weight"] = randn(V, D)
             call.setdefault("ref_hidden_states", randn(N, D))
         COUNTED.append((function_name, name, what))
         try:

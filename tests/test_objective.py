@@ -206,6 +206,14 @@ def test_a_pair_that_cannot_be_lost_costs_nothing(loss):
     assert z.grad.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("loss, eps", CASES)
+def test_a_margin_without_a_number_has_no_sound_gradient(loss, eps):
+    z = torch.tensor([NAN], requires_grad=True)
+    value, slope = EntropyObjective.dpo(beta=0.1).pair_loss_and_slope(z, loss, eps)
+    (grad,) = torch.autograd.grad(value, z)
+    assert value.isnan().all() and (slope.isnan() | (slope == grad)).all() and (slope != 0).all()
+
+
 def test_margin_and_loss_gradcheck(gen):
     logps = tuple(randn(gen, 3).requires_grad_() for _ in range(4))
     objective = EntropyObjective.hdpo(0.4, 1.3)

@@ -478,6 +478,49 @@ def test_a_second_sum_of_dw_is_within_the_budget(dtype, pairs, nll_coef):
     assert peak <= hidden.nbytes + weight.nbytes + sums + n * 4 * 24 + 1.1 * budget
 
 
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("nll_coef", [0.0, 0.3])
+@pytest.mark.parametrize("fault", ["no chance", "overflow"])
+@pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
+def test_a_pair_of_weight_0_takes_no_part(strategy, fault, nll_coef, trained):
+    """Whatever comes of it: an infinite loss, from a chosen label that the mask leaves out, or logits that are no numbers."""
+    hidden, weight, bias, labels = problem(ignored=0)
+    options = {"objective": OBJECTIVE, "strategy": strategy, "workspace_bytes": SMALL, "nll_coef": nll_coef}
+    keep = torch.ones(len(labels), len(weight), dtype=torch.bool)
+    pair, weights = slice(0, int(CU[2])), torch.tensor([0.0, 1.0, 0.5])
+    found = []
+    for broken in (False, True):
+        if broken and fault == "overflow":
+            hidden = hidden.clone()
+            hidden[pair.start] = 3e38
+        elif broken:
+            keep[pair.start, labels[pair.start]] = False
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        output = linear_preference_loss(
+            h, w, labels, CU, bias=bias, ref_logps=torch.zeros(3, 2), pair_weights=weights, keep_mask=keep, **options
+        )
+        assert output.losses[0].isfinite().item() != broken
+        output.loss.backward()
+        found.append([output.loss.detach(), h.grad, *([w.grad] if trained else [])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+    assert (found[1][1][pair] == 0).all()
+
+
+@pytest.mark.parametrize("strategy", ["resident", "deferred", "recompute"])
+def test_the_references_tile_is_gone_before_the_policys_is_made(strategy):
+    n, d, v, budget = 4096, 64, 1024, 4 << 20
+    hidden, weight, _, labels = problem(n=n, d=d, v=v, ignored=0)
+    hidden.requires_grad_(), weight.requires_grad_()
+    cu = torch.arange(0, n + 1, 512 if strategy == "resident" else n // 2)
+    peaks = []
+    for reference in ({"ref_logps": torch.zeros(len(cu) // 2, 2)}, {"ref_hidden_states": hidden.detach().clone()}):
+        peaks.append(allocations(lambda reference=reference: linear_preference_loss(
+            hidden, weight, labels, cu, objective=OBJECTIVE, strategy=strategy, workspace_bytes=budget, **reference
+        ).loss.backward())[0])  # fmt: skip
+    assert peaks[1] <= peaks[0] + n * 4 * 12 + budget // 8  # beside it only what is kept of every row
+
+
 def test_empty_and_ignored():
     hidden, weight, bias, labels = problem()
     inputs = leaves(hidden, weight, bias)
@@ -558,6 +601,14 @@ def test_tiles_that_grow_share_the_memory_of_the_tallest(lengths, nll_coef):
         ({"ref_logps": None}, "needs a reference"),
         ({"ref_logps": torch.zeros(2, 2)}, r"ref_logps has shape \(2, 2\)"),
         ({"ref_hidden_states": torch.zeros(61, 16)}, "one of ref_logps and ref_hidden_states"),
+        (
+            {"ref_logps": None, "ref_hidden_states": torch.zeros(60, 16)},
+            "ref_hidden_states has 60 rows, hidden_states has 61",
+        ),
+        (
+            {"ref_logps": None, "ref_hidden_states": torch.zeros(61, 9)},
+            r"ref_hidden_states has shape \(61, 9\) and weight \(301, 16\)",
+        ),
         ({"pair_weights": torch.ones(2)}, "pair_weights has shape"),
         ({"loss": "logistic"}, "loss must be one of"),
         ({"label_smoothing": 0.7}, "label_smoothing must be"),

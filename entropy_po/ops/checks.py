@@ -13,6 +13,9 @@ from entropy_po.types import OutputName, TokenStats, Transform
 
 # Of temperature, softcap and logit scale. Beyond, their quotients leave the range of fp32.
 SMALLEST, LARGEST = 1e-12, 1e12
+# Of logit_scale / temperature. Kernels take the maximum off by one fused multiply-add, so what is left of it is half the last place of
+# the transformed maximum; at 2^30, logits of a thousand, that is as much as exp bears in fp32.
+STEEPEST = 1e6
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -42,9 +45,11 @@ def check_loaded(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_head(hidden_states: Tensor, weight: Tensor, labels: Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
-    """hidden_states [N, D] and weight [V, D], as autocast would have them, checked against each other and labels [N]."""
-    hidden_name, weight_name = f"{prefix}hidden_states", f"{prefix}weight"
+def check_head(
+    hidden_states: Tensor, weight: Tensor, names: tuple[str, str] = ("hidden_states", "weight")
+) -> tuple[Tensor, Tensor]:
+    """hidden_states [N, D] and weight [V, D], as autocast would have them, checked against each other."""
+    hidden_name, weight_name = names
     check_matrix(hidden_name, hidden_states, "[N, D]")
     check_matrix(weight_name, weight, "[V, D]")
     if hidden_states.ndim != 2 or weight.ndim != 2 or hidden_states.shape[1] != weight.shape[1]:
@@ -61,7 +66,6 @@ def check_head(hidden_states: Tensor, weight: Tensor, labels: Tensor, prefix: st
             f"{weight_name} has dtype {weight.dtype}, {hidden_name} {hidden_states.dtype}; convert one, or use autocast."
         )
     check_device(weight_name, weight, hidden_states.device)
-    check_labels(labels, hidden_states.shape[:1], hidden_states.device)
     return hidden_states, weight
 
 
@@ -88,7 +92,9 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the other inputs are on {device}; move it there.")
 
 
-def check_values(labels: Tensor, vocab_size: int, ignore_index: int, row_temperature: Tensor | None) -> None:
+def check_values(
+    labels: Tensor, vocab_size: int, ignore_index: int, row_temperature: Tensor | None, logit_scale: float
+) -> None:
     """Runs inside the operators, on CPU only: reading values would stall a CUDA stream (there a bad one gives NaN)."""
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if bad.any():
@@ -105,6 +111,17 @@ def check_values(labels: Tensor, vocab_size: int, ignore_index: int, row_tempera
                 f"temperature has an entry of {float(row_temperature[row]):g} at row {row}; every entry must be > 0, from "
                 f"{SMALLEST:g} to {LARGEST:g}."
             )
+        if row_temperature.numel():
+            row = int(row_temperature.argmin())
+            _check_steepness(f"temperature[{row}]", float(row_temperature[row]), logit_scale)
+
+
+def _check_steepness(name: str, temperature: float, logit_scale: float) -> None:
+    if logit_scale / temperature > STEEPEST:
+        raise ValueError(
+            f"{name}={temperature:g} and logit_scale={logit_scale:g} multiply logits by {logit_scale / temperature:g}, and kernels "
+            f"bear at most {STEEPEST:g}; raise the temperature."
+        )
 
 
 def check_bool(name: str, value: object) -> None:
@@ -166,6 +183,7 @@ def make_transform(
     if softcap is not None:
         check_number("softcap", softcap, "use None for no cap")
     check_number("logit_scale", logit_scale, "use 1.0 for no scale")
+    _check_steepness("temperature", temperature, logit_scale)
     check_bias("bias", bias, vocab_size, device)
     if keep_mask is not None:
         if not isinstance(keep_mask, Tensor) or keep_mask.dtype != torch.bool or keep_mask.ndim == 0:
@@ -197,7 +215,8 @@ def check_linear(
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Transform]:
     """What every operator on a head checks: (hidden_states, weight), as autocast would have them, and the transform."""
-    hidden_states, weight = check_head(hidden_states, weight, labels)
+    hidden_states, weight = check_head(hidden_states, weight)
+    check_labels(labels, hidden_states.shape[:1], hidden_states.device)
     check_workspace(workspace_bytes)
     transform = make_transform(
         hidden_states.shape[0],

@@ -114,13 +114,15 @@ def linear_preference_loss(
         objective: the coefficients; H-DPO is EntropyObjective.hdpo(beta, alpha).
         ref_logps: [B, 2], summed reference log-probs; needed where b > 0, unless `ref_hidden_states` is given.
         ref_hidden_states: [N, D'], of the reference at the same rows; its log-probs are then computed here, tile by tile,
-            without gradient, with `ref_weight` [V, D'] and `ref_bias`, or the same weight and bias where there is none.
+            without gradient, with `ref_weight` [V, D'] and `ref_bias`. Without a ref_weight it is the policy's, and its bias unless
+            there is a ref_bias.
         loss, label_smoothing: as in `EntropyObjective.pair_loss`.
         nll_coef: >= 0, weight of the mean NLL of the chosen sequence: an anchor against falling log-probs.
-        pair_weights: [B], constants.
+        pair_weights: [B], constants. A pair of weight 0 takes no part, even if its loss is infinite.
         reduction: "mean" or "sum".
         workspace_bytes: bound on what lives beside inputs, gradients and the fp32 sum of a half-precision weight's
-            gradient (of the hidden states' too over a vocab_group, or on a CPU without bf16 products); None for 256 MiB on a
+            gradient (of the hidden states' too over a vocab_group, by "recompute", in fp16, where both are kept in fp32 until the
+            loss is scaled, and on a CPU without bf16 products); None for 256 MiB on a
             CPU and a quarter of the free memory on a GPU, with a frozen head for 64 MiB and 1 GiB.
         strategy: "auto", "resident", "deferred" or "recompute" (`entropy_po.plan.plan_sequences`); a name is obeyed.
         vocab_group: the ranks that split the vocabulary, as in `linear_token_stats`; ref_weight is split as weight is.
@@ -172,9 +174,16 @@ def linear_preference_loss(
     if ref_hidden_states is None:
         ref_weight = ref_bias = None  # they say how to read the hidden states
     else:
+        names = "ref_hidden_states", "weight" if ref_weight is None else "ref_weight"
         if ref_weight is None:
-            ref_weight, ref_bias = weight.detach(), None if bias is None else bias.detach()
-        ref_hidden_states, ref_weight = checks.check_head(ref_hidden_states, ref_weight, labels, prefix="ref_")
+            ref_weight = weight.detach()
+            ref_bias = bias.detach() if ref_bias is None and bias is not None else ref_bias
+        ref_hidden_states, ref_weight = checks.check_head(ref_hidden_states, ref_weight, names)
+        checks.check_device(names[0], ref_hidden_states, hidden_states.device)
+        if len(ref_hidden_states) != len(hidden_states):
+            raise ValueError(
+                f"ref_hidden_states has {len(ref_hidden_states)} rows, hidden_states has {len(hidden_states)}; give the same rows."
+            )
         if ref_weight.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"ref_weight has {ref_weight.shape[0]} rows, weight has {weight.shape[0]}: one vocabulary, please."
@@ -269,7 +278,11 @@ class _PairLoss:
         losses, slope = self.objective.pair_loss_and_slope(margins, self.loss, self.label_smoothing)
         if self.nll_coef:
             losses = losses - self._nll_per_token(lengths) * chosen
-        return losses, margins, self.weights[start // 2 : stop // 2] * slope * self.objective.policy_coef
+        return losses, margins, self._weighted(slope, start, stop) * self.objective.policy_coef
+
+    def total(self, losses: Tensor) -> Tensor:
+        """The loss of all pairs, from their own."""
+        return self._weighted(losses, 0, 2 * len(self.weights)).sum()
 
     def anchors(self, lengths: Tensor, start: int, stop: int) -> Tensor:
         """The known weight of each pair's chosen log-prob; 0 without an anchor."""
@@ -279,6 +292,10 @@ class _PairLoss:
         """dloss/dlogp of sequences [start, stop)."""
         scalars = self(logps, lengths, start, stop)[2]
         return torch.stack([scalars - self.anchors(lengths, start, stop), -scalars], dim=1).view(-1)
+
+    def _weighted(self, values: Tensor, start: int, stop: int) -> Tensor:
+        weights = self.weights[start // 2 : stop // 2]
+        return (weights * values).masked_fill(weights == 0, 0)  # even where a value is infinite
 
     def _nll_per_token(self, lengths: Tensor) -> Tensor:
         return self.nll_coef / lengths[0::2].clamp_min(1).double()
@@ -314,6 +331,7 @@ def _forward(
         ref_head = LmHead(ref_hidden, ref_weight, ref_bias, labels, (*options[:6], ["logps"], *options[7:]))
         ref_budget = sequences.any_shape_budget(ref_head, plan.choice.workspace_bytes, strategy)
         ref_logps = _reference_logps(ref_head, seqs, ref_budget)
+        del ref_head  # its tile, before the policy's is made
     if pair_weights is None:
         pair_weights = hidden.new_ones(num_pairs, dtype=torch.float64)
     pair_loss = _PairLoss(
@@ -334,7 +352,7 @@ def _forward(
     losses, margins, _ = pair_loss(logps, seqs.lengths)
     out = state_dtype(hidden.dtype)
     return (
-        (pair_loss.weights @ losses).to(out),
+        pair_loss.total(losses).to(out),
         losses.to(out),
         margins.to(out),
         logps.to(out),
@@ -449,6 +467,8 @@ def _deferred(
     The anchor's weight on the chosen tokens is known, but another: their part of dW is added with it on the way.
     """
     stop = start + 2
+    # where a row's upstream is 0 its gradient is, even of logits that are no numbers
+    counts = pair_loss.weights[start // 2] != 0
     chosen, rejected = seqs.rows(start, start + 1), seqs.rows(start + 1, stop)
     lengths = seqs.lengths[start:stop]
     anchor = pair_loss.anchors(lengths, start, stop)[0]
@@ -463,8 +483,8 @@ def _deferred(
         hidden, tile, state = tiles.fold(part)
         if part.stop == pair.stop:
             scalar = known()
-        g_logp = state.new_ones(part.stop - part.start)
-        g_logp[max(chosen.stop - part.start, 0) :] = -1
+        g_logp = counts.to(state.dtype).repeat(part.stop - part.start)
+        g_logp[max(chosen.stop - part.start, 0) :].neg_()
         gradient = tiles.head.grad_(tile, part, tiles.all_cols, state, g_logp, None)
         sums.add(part, gradient, hidden, total, factor=scalar if second is None else None, last=last)
         if pair_loss.nll_coef and part.stop == chosen.stop:

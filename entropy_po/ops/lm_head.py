@@ -47,7 +47,7 @@ class LmHead:
         facts |= {"dtype": hidden.dtype, "temperature per row": options[0] is not None}
         self.shards = schema.vocab_shards(self.vocab_size, labels, options, **facts)
         if hidden.device.type == "cpu":
-            checks.check_values(labels, self.shards.total, self.ignore_index, options[0])
+            checks.check_values(labels, self.shards.total, self.ignore_index, options[0], options[3])
         kept = (labels != self.ignore_index).nonzero()[:, 0]
         self.kept = None if kept.numel() == labels.numel() else kept  # None: all rows, which costs nothing
         self.labels = labels.contiguous() if self.kept is None else labels[kept]

@@ -135,7 +135,7 @@ def _forward(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...
     ignore_index, outputs, backend = options[5:8]
     shards = schema.vocab_shards(logits.shape[-1], labels, options)
     if logits.device.type == "cpu":
-        checks.check_values(labels, shards.total, ignore_index, options[0])
+        checks.check_values(labels, shards.total, ignore_index, options[0], options[3])
     level = Level.for_outputs(tuple(outputs))
     labels, chosen = labels.contiguous(), tiles.resolve_backend(backend, logits.device)
     state = (state_memory if logits.shape[-1] else new_state)(labels.numel(), level, logits)
