@@ -71,10 +71,10 @@ def digest_of_cuda(nvcc: str, flags: list[str]) -> str:
 class BuildWithCuda(build_ext):
     def build_extension(self, ext) -> None:
         wanted = os.environ.get("ENTROPY_PO_CUDA", "")
+        ext.optional = wanted != "1"  # asked for, it is made or an error
         reason = "ENTROPY_PO_CUDA=0" if wanted == "0" else self.add_cuda(ext)
         if reason:
             if wanted == "1":
-                ext.optional = False
                 raise CompileError(f"ENTROPY_PO_CUDA=1, but {reason}")
             ext.define_macros.append(("ENTROPY_PO_NO_CUDA", f'"{reason}"'))
         print(f"entropy_po: CUDA kernels {'left out: ' + reason if reason else 'built'}")
@@ -130,7 +130,6 @@ core = Pybind11Extension(
     extra_link_args=OPENMP,
     cxx_std=17,
 )
-core.optional = True
 
 with ParallelCompile(default=0):
     setup(ext_modules=[core], cmdclass={"build_ext": BuildWithCuda})

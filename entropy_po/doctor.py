@@ -268,7 +268,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines += [f"  check {_check_line(check)}" for check in report["self_check"]]
 
     memory = f", {cpu['memory'] / 2**30:.1f} GiB" if cpu["memory"] else ""
-    cores = f"{cpu['usable_cores']} of {cpu['cores']} cores" if cpu["usable_cores"] != cpu["cores"] else cpu["cores"]
+    cores = f"{cpu['usable_cores']} of {cpu['cores']}" if cpu["usable_cores"] != cpu["cores"] else cpu["cores"]
     lines.append(f"  CPU {cpu['processor']}, {cores} cores, {cpu['threads']} threads in use{memory}")
     if cpu["features"]:
         lines.append(f"  features {' '.join(cpu['features'])}")

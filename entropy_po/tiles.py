@@ -47,7 +47,7 @@ BACKENDS_BY_DEVICE = {
 }
 # Names the backend that goes first on the devices it serves: for comparing backends, and for when one of them fails. A
 # result changes by rounding only, and a call's own `backend=` comes before it.
-OVERRIDE = "ENTROPY_PO_BACKEND"
+OVERRIDE, WITHOUT = "ENTROPY_PO_BACKEND", "ENTROPY_PO_WITHOUT"  # the backend to put first, and those to leave out
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # codes of csrc/tile_args.h
 
 
@@ -74,6 +74,8 @@ def triton_kernels() -> ModuleType | Any:
 @cache
 def unavailable_reason(backend: Backend) -> str | None:
     """Why a backend cannot run in this process, or None if it can."""
+    if backend.value in os.environ.get(WITHOUT, "").split(","):
+        return f"{WITHOUT}={os.environ[WITHOUT]} leaves it out"
     if backend is Backend.CPP and compiled_core() is None:
         return "the C++ core was not built; install a C++ compiler and reinstall entropy_po"
     if backend is Backend.TRITON and triton_kernels() is None:

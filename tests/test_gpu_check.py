@@ -61,10 +61,10 @@ def test_what_a_stage_leaves_goes_to_those_after_it(tmp_path):
 
 @pytest.mark.parametrize("broken", [(), ("triton",), ("cuda",), ("triton", "cuda")])
 def test_nothing_is_spent_on_a_backend_that_does_not_launch(broken, tmp_path, monkeypatch):
-    ran = {}
+    ran, commands = {}, {}
 
     def run(self, name, command, **environment):
-        ran[name] = environment
+        ran[name], commands[name] = environment, command
         self.results[name] = "FAILED (1)" if name in broken else "ok"
         return name not in broken
 
@@ -80,11 +80,13 @@ def test_nothing_is_spent_on_a_backend_that_does_not_launch(broken, tmp_path, mo
     every = [*gpu_check.STAGES]
     if len(broken) == 2:
         assert [*ran] == ["build", "triton", "cuda"]
-    elif broken == ("triton",):
-        assert [*ran] == [name for name in every if name != "tune"]
-        assert ran["times"] == {"ENTROPY_PO_BACKEND": "cuda"}
-    else:
-        assert [*ran] == every and ran["times"] == {}
+        return
+    assert [*ran] == [name for name in every if name not in [gpu_check.NEEDED_BY[backend] for backend in broken]]
+    left_out = {"ENTROPY_PO_WITHOUT": broken[0]} if broken else {}
+    assert ran["operators"] == ran["times"] == ran["kernels"] == left_out
+    assert [path for path in commands["kernels"] if "kernels_" in path] == [
+        f"tests/test_kernels_{backend}.py" for backend in ("cuda", "triton") if backend not in broken
+    ]
 
 
 def test_the_smoke_test_sees_a_wrong_result(monkeypatch, capsys):
@@ -98,11 +100,14 @@ def test_the_smoke_test_sees_a_wrong_result(monkeypatch, capsys):
     gpu_smoke.main("cpp")
     assert capsys.readouterr().out.count("from torch") == 6
     right = gpu_smoke.results
-    monkeypatch.setattr(
-        gpu_smoke, "results", lambda *call: [x * (1.1 if call[1] == "cpp" else 1) for x in right(*call)]
-    )
-    with pytest.raises(SystemExit, match=r"cpp: token_stats of .* is wrong"):
-        gpu_smoke.main("cpp")
+    for wrong in (1.1, torch.nan):  # in the second of several results
+
+        def results(*call, wrong=wrong):
+            return [x * wrong if call[1] == "cpp" and i == 1 else x for i, x in enumerate(right(*call))]
+
+        monkeypatch.setattr(gpu_smoke, "results", results)
+        with pytest.raises(SystemExit, match=r"cpp: token_stats of .* is wrong"):
+            gpu_smoke.main("cpp")
 
 
 def test_peers_that_the_caller_brought_are_there(tmp_path, monkeypatch):
@@ -187,7 +192,7 @@ def test_times_are_kept_after_every_case(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(report, "save", saved)
     monkeypatch.setattr(sys, "argv", ["gpu_times", "--rounds", "1", "--output_dir", str(tmp_path)])
-    gpu_times.main()
+    assert gpu_times.main() == 1  # float3
     assert suites_after_each[:3] == [
         ["pair"],
         ["pair", "logits"],
@@ -196,5 +201,5 @@ def test_times_are_kept_after_every_case(tmp_path, monkeypatch, capsys):
     kept = json.loads((tmp_path / "cpu" / "report.json").read_text())
     assert len(kept["rows"]) == 3 and "the case itself" in str(kept["unavailable"])
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "0"])
-    gpu_times.main()
+    assert gpu_times.main() == 1
     assert "not begun: 0 s were over" in capsys.readouterr().out

@@ -221,6 +221,9 @@ def recorded_launches():
             )
         named["fold float16"], named["grad float16"] = call(torch.float16, "plain")
         named["fold float64"], named["grad float64"] = call(torch.float64, "everything", Level.EXTRAS)
+        _, named["grad float32 of labels alone, unaligned"] = call(
+            torch.float32, "plain", upstream=(True, False), columns=slice(0, 1)
+        )
         _, named["grad float32 into its bf16 overlay"] = call(torch.float32, "plain", out=tiles.bf16_overlay)
         for dtype in (torch.float32, torch.float64):
             state = torch.zeros(8, 4096, dtype=dtype)
