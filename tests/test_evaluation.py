@@ -215,6 +215,18 @@ def test_pair_logps_are_those_of_plain_log_softmax(model, tokenizer):
             assert float(got) == pytest.approx(float(steps.gather(1, ids[1:, None])[start - 1 :].sum()), rel=2e-5)
 
 
+def test_pairs_that_do_not_differ_within_the_length_are_left_out(model, tokenizer):
+    pairs = [
+        {"prompt": "the sky is", "chosen": " blue", "rejected": " green"},
+        {"prompt": "the sky is blue the sun is hot", "chosen": " blue", "rejected": " green"},
+    ]
+    alone = pair_logps(model, tokenizer, pairs[:1], progress=False)
+    longest = len(tokenizer(pairs[0]["prompt"])["input_ids"]) + 2
+    with pytest.warns(UserWarning, match=rf"1 of 2 pairs do not differ within max_length={longest} tokens"):
+        both = pair_logps(model, tokenizer, pairs, max_length=longest, progress=False)
+    assert torch.equal(both, alone)
+
+
 def test_accuracy_by_hand():
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -2.0], [-2.0, -2.0]])
     assert accuracy(logps) == pytest.approx(1.5 / 3)  # right, wrong, tie
@@ -269,6 +281,11 @@ def test_several_temperatures_are_several_rows(folder, tmp_path):
     rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
     assert list(rows) == [f"{folder}, T=0.5", f"{folder}, T=1"]
     assert [row["temperature"] for row in rows.values()] == [0.5, 1.0] and "1" in rows[f"{folder}, T=1"]["pass_at"]
+
+
+def test_models_are_told_apart_by_the_end_of_their_path_or_by_all_of_it():
+    assert cli._short(["runs/a/out", "runs/b/out", "hub/model"]) == ["a/out", "b/out", "hub/model"]
+    assert cli._short(["a/lora/out", "b/lora/out"]) == ["a/lora/out", "b/lora/out"]
 
 
 @pytest.fixture

@@ -428,6 +428,12 @@ WRONG_ONLINE = {
     "normalised by length": ({"loss_type": "dapo"}, r"loss_type='dapo' is another objective than QEMPO.*'dr_grpo'"),
     "normalised by spread": ({"scale_rewards": "group"}, r"scale_rewards='group' is another objective"),
     "KL in the loss": ({"beta": 0.04}, r"beta=0.04 is another objective"),
+    "cut answers left out": (
+        {"mask_truncated_completions": True},
+        r"mask_truncated_completions=True is another objective",
+    ),
+    "some tokens alone": ({"top_entropy_quantile": 0.2}, r"top_entropy_quantile=0.2 is another objective"),
+    "an entropy bonus": ({"entropy_coef": 0.01}, r"entropy_coef=0.01 is another objective.*0.0"),
     "no lam": ({"lam": None}, r"lam must be given"),
     "lam": ({"lam": -1.0}, r"lam"),
     "a target without a goal": ({"relative_to": "x"}, r"relative_to needs min_reward, max_kl or both"),

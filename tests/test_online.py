@@ -383,9 +383,12 @@ def test_columns_of_some_rows_are_none_in_the_others(tmp_path):
         (["no_such_module:f"], ImportError, "no module 'no_such_module'"),
         (["json:no_such"], ImportError, "has no no_such"),
         (["json:__name__"], ValueError, "not a function"),
+        (["module_that_fails:f"], AttributeError, "no attribute 'nothing'"),  # its own error, not ours about it
     ],
 )
-def test_rewards_that_cannot_be_used_say_why(functions, error, message, tmp_path):
+def test_rewards_that_cannot_be_used_say_why(functions, error, message, tmp_path, monkeypatch):
+    (tmp_path / "module_that_fails.py").write_text("import json\njson.nothing\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(error, match=message):
         make_trainer(tmp_path, reward_funcs=functions)
 
@@ -559,6 +562,19 @@ def test_resuming_with_targets_from_a_run_without_is_refused(tmp_path):
     make_trainer(tmp_path, **options).train()
     with pytest.raises(ValueError, match=r"dual\.json is missing, for lam and mu stayed in that run"):
         make_trainer(tmp_path, min_reward=0.5, max_steps=4, **options).train(resume_from_checkpoint=True)
+
+
+def test_multipliers_come_back_under_an_engine_that_loads_weights_itself(tmp_path, monkeypatch):
+    """DeepSpeed, whose checkpoints the Trainer does not load by `_load_from_checkpoint`."""
+    options = {"min_reward": 0.9, "dual_tolerance": 1.0, "save_strategy": "steps", "save_steps": 2}
+    first = make_trainer(tmp_path, max_steps=2, **options)
+    first.train()
+    later = make_trainer(tmp_path, max_steps=4, **options)
+    monkeypatch.setattr(later, "_load_from_checkpoint", lambda *_: None)
+    seen = []
+    monkeypatch.setattr(later, "_ascend", lambda ascent: seen.append(ascent.updates))
+    later.train(resume_from_checkpoint=True)
+    assert seen[0] == first.ascent.updates == 2
 
 
 def test_a_sharded_model_is_refused(tmp_path, monkeypatch):

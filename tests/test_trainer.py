@@ -4,7 +4,9 @@ import copy
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from test_trainer_data import WORDS, make_tokenizer  # noqa: E402
 
 from entropy_po import linear_preference_loss  # noqa: E402
 from entropy_po.trainer import EntropyPOConfig, PairCollator, PreferenceTrainer, preference, tokenize_pairs  # noqa: E402
-from entropy_po.trainer.checkpoints import last_checkpoint  # noqa: E402
+from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint  # noqa: E402
 
 VOCAB = 32
 METHODS = {  # method, its arguments, and (a, b) by hand
@@ -275,6 +277,41 @@ def test_late_evaluation_set_without_reference_is_refused(tmp_path):
         trainer.evaluate(late)
 
 
+def test_rows_that_are_no_tokens_are_refused_with_the_way_to_give_them(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"has dict where tokenised pairs are expected; give rows to PreferenceTrainer"
+    ):
+        make_trainer(tmp_path).evaluate(make_rows(2))
+
+
+def test_reference_logps_are_not_rounded_to_the_models_type(tmp_path, monkeypatch):
+    """As the Trainer does it to all floats under DeepSpeed, in bf16."""
+    trainer = make_trainer(tmp_path)
+    batch = trainer.data_collator(trainer.train_dataset.pairs[:2])
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", plugin, raising=False)
+    assert trainer._prepare_input(torch.ones(1)).dtype == torch.bfloat16  # so the test sees it
+    assert torch.equal(trainer._prepare_inputs(batch)["ref_logps"], batch["ref_logps"])
+
+
+def test_an_adapter_begins_as_the_seed_says(tmp_path):
+    def start(seed):
+        torch.manual_seed(time.time_ns())
+        model = make_trainer(tmp_path, lora_r=2, seed=seed).model
+        return torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name])
+
+    one, again, other = start(1), start(1), start(2)
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_dropout_that_is_no_module_is_off_too(tmp_path):
+    model = make_model(attention_dropout=0.5)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.5
+    make_trainer(tmp_path, model=model)
+    assert model.model.layers[0].self_attn.attention_dropout == 0.0
+
+
 def test_lora_trains_the_adapter_alone_and_the_adapter_free_model_is_the_reference(tmp_path):
     trainer = make_trainer(tmp_path, lora_r=4, max_steps=4, logging_steps=1)
     plain = make_trainer(tmp_path / "plain")
@@ -492,6 +529,18 @@ def test_half_written_checkpoint_is_skipped_or_refused(fault, tmp_path):
         make_trainer(tmp_path).train(str(newest))
     with pytest.warns(UserWarning, match=sentence):
         assert last_checkpoint(tmp_path).endswith("checkpoint-4")
+
+
+def test_a_mixture_of_two_runs_is_no_checkpoint(tmp_path, monkeypatch):
+    """A run that is killed while it writes to a folder that holds another one's checkpoint of the same step."""
+    run_steps(tmp_path, 6)
+    with pytest.warns(UserWarning, match=r"checkpoint-6 is of an earlier run.*move it away"):
+        run_steps(tmp_path, 2)
+    assert checkpoint_fault(tmp_path / "checkpoint-2") is None
+    monkeypatch.setattr(PreferenceTrainer, "_save_optimizer_and_scheduler", lambda self, folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError), pytest.warns(UserWarning, match="move it away"):
+        run_steps(tmp_path, 6)
+    assert checkpoint_fault(tmp_path / "checkpoint-2") == "trainer_state.json is missing"
 
 
 def test_no_checkpoint_to_resume_from(tmp_path):

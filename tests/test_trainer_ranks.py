@@ -134,6 +134,27 @@ def test_resume_on_another_number_of_ranks(ranks, tmp_path, first):
     assert_same_run(resumed, whole)
 
 
+def test_resume_within_an_epoch(ranks, tmp_path):
+    """Whose last batch is filled up with pairs that count already."""
+    options = {**SAVING, "num_pairs": 11, "num_train_epochs": 3, "save_steps": 1, "per_device_train_batch_size": 2}
+    whole = ranks.run(cases.run, 0, tmp_path, **options)[0]
+    resumed = ranks.run(cases.run, 0, tmp_path, resume=str(tmp_path / "checkpoint-4"), **options)[0]
+    assert len(whole[0]) == 9
+    assert_same_run(resumed, whole)
+    one = cases.run(tmp_path / "one", **{**options, "per_device_train_batch_size": 4})
+    assert_same_run(resumed, one)
+
+
+def test_an_online_run_resumed_within_an_epoch_asks_what_it_would_have_asked(ranks, tmp_path):
+    """In the second epoch, whose order is not the first one's."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    whole = ranks.run(cases.run_online, 0, tmp_path, **options)
+    resumed = ranks.run(cases.run_online, 0, tmp_path, resume=str(tmp_path / "checkpoint-4"), **options)
+    both = [[sorted(a + b) for a, b in zip(*run, strict=True)] for run in (whole, resumed)]
+    assert len(both[0]) == 6 and both[1] == both[0][4:]
+    assert both[0][1:3] != both[0][4:]
+
+
 def test_four_ranks_go_on_from_the_shards_of_two(engine, tmp_path):
     """FSDP2's checkpoint is cut anew; DeepSpeed's is for as many ranks as wrote it."""
     engine, ranks = engine

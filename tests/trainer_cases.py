@@ -39,6 +39,21 @@ def _run(folder, num_pairs, tied, resume, die_at, **options):
     return history, evaluation, torch.cat([_whole(p).flatten().cpu() for p in trainer.model.parameters()])
 
 
+def run_online(folder, resume=None, **options):
+    """The prompts of each step that this rank asked."""
+    from test_online import make_trainer
+
+    asked = []
+
+    def reward(prompts, completions, **_):
+        asked.append(sorted({*prompts}))
+        return [0.0] * len(completions)
+
+    rows = [{"prompt": word} for word in ("the", "sky", "is", "blue", "green", "what")]
+    make_trainer(folder, rows=rows, reward_funcs=reward, per_device_train_batch_size=1, **options).train(resume)
+    return asked
+
+
 def _whole(parameter):
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         import deepspeed

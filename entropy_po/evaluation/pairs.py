@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,15 +15,24 @@ from entropy_po.trainer.data import PairCollator, tokenize_pairs
 
 
 @torch.inference_mode()
-def pair_logps(model, tokenizer, pairs: Sequence[dict], *, batch_size: int = 16, progress: bool = True) -> Tensor:
+def pair_logps(
+    model, tokenizer, pairs: Sequence[dict], *, max_length: int = 1024, batch_size: int = 16, progress: bool = True
+) -> Tensor:
     """Summed log-probs [P, 2], fp32, nats, of the chosen and the rejected answers; no logits are formed.
 
     Args:
         model: a causal language model, plain or under PEFT; run in evaluation mode, its mode restored.
         pairs: rows in any of the formats that training takes.
+        max_length: tokens; longer answers are cut, and a pair of which no difference is left is left out, with a warning.
         batch_size: pairs per forward.
     """
-    dataset, collate = tokenize_pairs(pairs, tokenizer), PairCollator(tokenizer.pad_token_id or 0)
+    dataset = tokenize_pairs(pairs, tokenizer, max_length=max_length, on_overlong="drop")
+    if dataset.num_dropped:
+        warnings.warn(
+            f"{dataset.num_dropped} of {len(pairs)} pairs do not differ within max_length={max_length} tokens and are left out.",
+            stacklevel=2,
+        )
+    collate = PairCollator(tokenizer.pad_token_id or 0)
     was_training, logps = model.training, []
     model.eval()
     try:

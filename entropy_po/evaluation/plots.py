@@ -71,10 +71,11 @@ def quality_diversity(rows: dict[str, dict], path: Path) -> None:
             bars["xerr"] = [[max(dx - across[0], 0)], [max(across[1] - dx, 0)]]
             bars["yerr"] = [[max(dy - up[0], 0)], [max(up[1] - dy, 0)]]
         axes.errorbar(x, y, fmt="s" if name == base_name else "o", color=color, markersize=9, elinewidth=1.2, **bars)
+    alike = len({row["temperature"] for row in rows.values()}) == 1
+    drawn_at = f", temperature {base['temperature']:g}" if alike else ""
     axes.set(xlabel="entropy of the policy, nats per token  (right: more varied)", ylabel="quality  (up: better)")
     axes.set_title(
-        f"Quality against diversity: {base['num_prompts']} prompts x {base['answers_per_prompt']} answers, "
-        f"temperature {base['temperature']:g}\n"
+        f"Quality against diversity: {base['num_prompts']} prompts x {base['answers_per_prompt']} answers{drawn_at}\n"
         f"Bars: 95 % interval of the change from “{base_name}” on the same prompts; one training seed",
         fontsize=10.5,
         loc="left",

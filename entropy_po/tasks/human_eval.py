@@ -9,13 +9,14 @@ The answers are run: read `entropy_po.tasks.sandbox` on what that means. Source:
 
 from __future__ import annotations
 
+import argparse
 import functools
-import json
 import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from entropy_po.tasks import add_text_option, chat, print_rows
 from entropy_po.tasks.sandbox import Outcome, run_program
 
 INSTRUCTION = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{}```"
@@ -38,21 +39,23 @@ def problems() -> dict[str, dict]:
 
 
 def rows() -> list[dict]:
-    """The 164 problems as prompts for training: `prompt`, an instruction with the function's head, and `task_id`."""
-    return [{"prompt": INSTRUCTION.format(p["prompt"]), "task_id": name} for name, p in problems().items()]
+    """The 164 problems as prompts for training: `prompt`, a chat message, an instruction with the function's head, and `task_id`."""
+    return [{"prompt": chat(INSTRUCTION.format(p["prompt"])), "task_id": name} for name, p in problems().items()]
 
 
 def program(problem: dict, answer: str) -> str:
     """The program that ends without an exception where the answer is right.
 
     The answer's first code block counts, the whole answer where it has none: a definition of the function, or else the
-    continuation of the prompt up to the next thing that is no longer indented.
+    continuation of the prompt up to the next thing that is no longer indented; its first line may have lost its indentation.
     """
     block = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
     code = block[1] if block else answer
     if re.search(rf"^\s*def {re.escape(problem['entry_point'])}\b", code, re.MULTILINE):
         code = f"{problem['prompt']}\n    pass\n\n{code}"  # its head comes with imports and functions that it may use
     else:
+        if not code[:1].isspace():
+            code = "    " + code
         code = problem["prompt"] + AFTER_BODY.split(code, maxsplit=1)[0]
     return f"{code}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
 
@@ -71,5 +74,6 @@ def passes_tests(completions: Sequence, task_id: Sequence[str], **_) -> list[flo
 
 
 if __name__ == "__main__":
-    for row in rows():
-        print(json.dumps(row))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_option(parser)
+    print_rows(rows(), parser.parse_args().text)

@@ -13,6 +13,8 @@ import json
 import re
 from collections.abc import Sequence
 
+from entropy_po.tasks import add_text_option, chat, print_rows
+
 # Settings under which SmolLM2-135M-Instruct is sometimes right; other tasks come as reasoning-gym has them.
 EASY = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
@@ -25,7 +27,7 @@ SIZE = 100_000  # of a dataset, whose items are made when they are asked for
 
 
 def rows(task: str, size: int, seed: int = 0, **settings) -> list[dict]:
-    """Prompts for training, with what is needed to score an answer in the columns `task`, `settings`, `seed` and `index`.
+    """Prompts for training, chat messages, with what is needed to score an answer in the columns `task`, `settings`, `seed` and `index`.
 
     Args:
         task: name of a reasoning-gym dataset.
@@ -38,7 +40,7 @@ def rows(task: str, size: int, seed: int = 0, **settings) -> list[dict]:
     made = json.dumps(settings or EASY.get(task, {}), sort_keys=True)
     dataset = _dataset(task, made, seed)
     places = {"task": task, "settings": made, "seed": seed}
-    return [{"prompt": dataset[i]["question"] + HINT, **places, "index": i} for i in range(size)]
+    return [{"prompt": chat(dataset[i]["question"] + HINT), **places, "index": i} for i in range(size)]
 
 
 def score(
@@ -80,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", type=json.loads, default={}, help="of the dataset, as JSON")
+    add_text_option(parser)
     arguments = parser.parse_args(argv)
-    for row in rows(arguments.task, arguments.size, arguments.seed, **arguments.settings):
-        print(json.dumps(row))
+    print_rows(rows(arguments.task, arguments.size, arguments.seed, **arguments.settings), arguments.text)
     return 0
 
 

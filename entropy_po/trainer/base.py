@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from entropy_po.heads import check_head
 from entropy_po.memory import peak_bytes
 from entropy_po.trainer.callbacks import MetricsFile, QuietProgress
-from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint
+from entropy_po.trainer.checkpoints import begin_checkpoint, checkpoint_fault, checkpoints_in, last_checkpoint
 from entropy_po.trainer.config import ADAPTER_RATE, TrainingConfig
 from entropy_po.trainer.safety import StopAfterStep, check_finite, naming_lost_ranks, only_run_in
 
@@ -127,6 +127,8 @@ class HeadTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; under FSDP a finished model is written whole, also where checkpoints are shards."""
+        if _internal_call and output_dir is not None and self.args.should_save:
+            begin_checkpoint(Path(output_dir))
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and not _internal_call and "FULL" not in str(plugin.state_dict_type):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
@@ -150,6 +152,15 @@ class HeadTrainer(Trainer):
             )
         if self.train_dataset is None:
             raise ValueError("train_dataset must be given to train; this trainer was made to evaluate.")
+        if (
+            resume_from_checkpoint is None
+            and self.args.process_index == 0
+            and (earlier := checkpoints_in(self._folder))
+        ):
+            warnings.warn(
+                f"{earlier[0]} is of an earlier run, and resume_from_checkpoint=True would go on from it; move it away.",
+                stacklevel=2,
+            )
         self._sums.clear()
         self._window_start = time.perf_counter()
         alone = only_run_in(self._folder) if self.args.process_index == 0 else nullcontext()
@@ -189,6 +200,9 @@ def _prepare_model(model: Any, args: TrainingConfig, peft_config: Any) -> nn.Mod
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+            for name, value in list(vars(module).items()):  # of torch.nn.functional.dropout, as OPT has it
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
     is_peft = hasattr(model, "disable_adapter")
     asked = "peft_config" if peft_config is not None else "lora_r" if args.lora_r is not None else None
     if is_peft and asked is not None:
@@ -216,6 +230,7 @@ def _prepare_model(model: Any, args: TrainingConfig, peft_config: Any) -> nn.Mod
         return model
     from peft import get_peft_model
 
+    set_seed(args.seed)  # as the Trainer does, but later than an adapter begins
     try:
         with warnings.catch_warnings():
             # peft asks transformers by an attribute's old name

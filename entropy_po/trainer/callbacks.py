@@ -50,6 +50,18 @@ def _step_of(line: str) -> float:
         return math.inf  # the half row of a run that was killed
 
 
+class EpochOrder(TrainerCallback):
+    """Tells a sampler that is not transformers' own its epoch, however deep it lies: in a run of several ranks that is resumed within
+    an epoch nobody else does, and that epoch's order would be the first one's."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        layer = train_dataloader
+        while layer is not None:
+            if hasattr(layer, "set_epoch"):
+                layer.set_epoch(int(state.epoch or 0))
+            layer = getattr(layer, "batch_sampler", None) or getattr(layer, "sampler", None)
+
+
 class QuietProgress(ProgressCallback):
     """The Trainer's bar with the few numbers worth watching behind it, instead of a printed dict per row."""
 

@@ -5,11 +5,18 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from entropy_po.dual import DualAscent
 
 DUAL_FILE = "dual.json"
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """Complete or not, the newest first."""
+    folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.split("-")[-1].isdigit()]
+    return sorted(folders, key=lambda p: -int(p.name.split("-")[-1]))
 
 
 def last_checkpoint(output_dir: str | Path) -> str:
@@ -18,8 +25,7 @@ def last_checkpoint(output_dir: str | Path) -> str:
     Raises:
         ValueError: there is none.
     """
-    folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda p: -int(p.name.split("-")[-1])):
+    for folder in checkpoints_in(output_dir):
         fault = checkpoint_fault(folder)
         if fault is None:
             return str(folder)
@@ -28,13 +34,14 @@ def last_checkpoint(output_dir: str | Path) -> str:
 
 
 def checkpoint_fault(folder: Path) -> str | None:
-    """What is missing from a checkpoint folder, or None. The Trainer writes trainer_state.json last."""
+    """What is missing from a checkpoint folder, or None. The Trainer writes trainer_state.json last, and `begin_checkpoint` has
+    taken that of an earlier run away."""
     from safetensors import SafetensorError, safe_open
 
     if not folder.is_dir():
         return "no such folder"
     try:
-        json.loads((folder / "trainer_state.json").read_text())
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
     except FileNotFoundError:
         return "trainer_state.json is missing"
     except ValueError:
@@ -57,6 +64,11 @@ def checkpoint_fault(folder: Path) -> str | None:
     return None
 
 
+def begin_checkpoint(folder: Path) -> None:
+    """Before anything is written to it: another run's may lie there, and a mixture of two must not pass for whole."""
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
 if TYPE_CHECKING:
     from transformers import Trainer as _OfTrainer
 else:
@@ -74,11 +86,12 @@ class SavesAscent(_OfTrainer):
             path = Path(output_dir or str(self.args.output_dir)) / DUAL_FILE
             path.write_text(json.dumps(self.ascent.state()) + "\n", encoding="utf-8")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ascent is None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Where all engines pass when they resume; DeepSpeed loads weights by a way of its own."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.ascent is None or checkpoint is None:
             return
-        path = Path(resume_from_checkpoint) / DUAL_FILE
+        path = Path(checkpoint) / DUAL_FILE
         if not path.exists():
             raise ValueError(
                 f"resume_from_checkpoint: {path} is missing, for lam and mu stayed in that run; resume without min_reward and "

@@ -348,6 +348,11 @@ class PairCollator:
     pad_token_id: int = 0
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        if not isinstance(pairs[0], Pair):
+            raise ValueError(
+                f"the dataset has {type(pairs[0]).__name__} where tokenised pairs are expected; give rows to "
+                "PreferenceTrainer(train_dataset=..., eval_dataset=...), or through tokenize_pairs."
+            )
         rows = [sequence for pair in pairs for sequence in pair.sequences()]
         batch = pad_rows(rows, self.pad_token_id)
         if all(pair.ref_logps is not None for pair in pairs):

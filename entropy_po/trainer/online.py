@@ -23,6 +23,7 @@ from entropy_po.objective import EntropyObjective
 from entropy_po.ops.sequence_loss import SequenceLossOutput, sequence_loss
 from entropy_po.ops.sequences import segment_sums
 from entropy_po.trainer.base import HeadTrainer, load_parts, pad_id
+from entropy_po.trainer.callbacks import EpochOrder
 from entropy_po.trainer.checkpoints import SavesAscent
 from entropy_po.trainer.config import OnlineConfig
 from entropy_po.trainer.data import Prompt, load_rows, pad_rows, tokenize_prompts
@@ -108,6 +109,7 @@ class OnlineTrainer(SavesAscent, HeadTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
+        self.add_callback(EpochOrder)
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "args: a model whose weights are sharded (FSDP, ZeRO-3) cannot answer, since ranks' answers end at different "

@@ -133,6 +133,13 @@ class PreferenceTrainer(HeadTrainer):
 
     # ---- loss ----
 
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As the Trainer's, which under DeepSpeed casts floats to the model's type: ref_logps would become whole nats."""
+        prepared = super()._prepare_inputs(inputs)
+        if "ref_logps" in inputs:
+            prepared["ref_logps"] = inputs["ref_logps"].to(self.args.device)
+        return prepared
+
     def _preferences(
         self, model: nn.Module, inputs: dict[str, Tensor], num_pairs: int
     ) -> tuple[PreferenceOutput, Tensor | None]:
@@ -172,17 +179,23 @@ class PreferenceTrainer(HeadTrainer):
             return None
         for batch in batch_samples:
             batch["num_pairs"] = len(batch["input_ids"]) // 2
-        batch_samples[-1]["num_pairs"] = self._pairs_not_repeated(batch_samples[-1]["num_pairs"])
+        batch_samples[-1]["num_pairs"] = self._pairs_not_repeated(batch_samples[-1]["num_pairs"], training=True)
         pairs = torch.tensor(sum(batch["num_pairs"] for batch in batch_samples), device=device)
         return self.accelerator.reduce(pairs, reduction="sum") if self.args.world_size > 1 else pairs
 
-    def _pairs_not_repeated(self, num_pairs: int) -> int:
+    def _pairs_not_repeated(self, num_pairs: int, training: bool = False) -> int:
         """How many of this rank's pairs count. Ranks take equally many batches of one size, so the last ones are filled up
         with pairs from the beginning, which no loss and no metric must see twice."""
         state = self.accelerator.gradient_state
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        if self.args.world_size == 1 or not state.end_of_dataloader:
             return num_pairs
-        return min(max(state.remainder - self.args.process_index * num_pairs, 0), num_pairs)
+        remainder = state.remainder
+        if training and not self.args.dataloader_drop_last:
+            # accelerate does not know it of a dataloader that skips the batches before a resumed run's
+            remainder = len(self.train_dataset) % (num_pairs * self.args.world_size)
+        if remainder <= 0:
+            return num_pairs
+        return min(max(remainder - self.args.process_index * num_pairs, 0), num_pairs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of one evaluation batch; the metrics gather on the side."""

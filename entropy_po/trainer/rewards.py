@@ -88,13 +88,14 @@ def load_reward(path: str) -> RewardFunction:
     if not module or not name:
         raise ValueError(f"reward_funcs: {path!r} is no import path; write module:name.")
     try:
-        function = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(
             f"reward_funcs: {path}: no module {error.name!r}; it is looked for as `import` does."
         ) from error
-    except AttributeError as error:
-        raise ImportError(f"reward_funcs: {path}: module {module} has no {name}.") from error
+    function = getattr(imported, name, None)
+    if function is None:
+        raise ImportError(f"reward_funcs: {path}: module {module} has no {name}.")
     if not callable(function):
         raise ValueError(f"reward_funcs: {path} is a {type(function).__name__}, not a function.")
     return function

@@ -21,6 +21,12 @@ _NEEDED = {
     "scale_rewards": ("none",),
     "multi_objective_aggregation": ("sum_then_normalize",),
     "beta": (0.0,),
+    # answers or tokens that do not count would be missing from the entropy and the KL, too
+    "mask_truncated_completions": (False,),
+    "top_entropy_quantile": (1.0,),
+    "off_policy_mask_threshold": (None,),
+    "entropy_coef": (0.0,),
+    "use_adaptive_entropy": (False,),
 }
 
 
@@ -48,7 +54,7 @@ class QEMPOGRPOConfig(DualArguments, GRPOConfig):
         super().__post_init__()
         self._check_targets()
         for name, values in _NEEDED.items():
-            if getattr(self, name) not in values:
+            if getattr(self, name, values[0]) not in values:  # older TRL lacks some
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is another objective than QEMPO; leave it at {values[0]!r}."
                 )
