@@ -74,8 +74,8 @@ def triton_kernels() -> ModuleType | Any:
 @cache
 def unavailable_reason(backend: Backend) -> str | None:
     """Why a backend cannot run in this process, or None if it can."""
-    if backend.value in os.environ.get(WITHOUT, "").split(","):
-        return f"{WITHOUT}={os.environ[WITHOUT]} leaves it out"
+    if backend in left_out():
+        return f"{WITHOUT} names it"
     if backend is Backend.CPP and compiled_core() is None:
         return "the C++ core was not built; install a C++ compiler and reinstall entropy_po"
     if backend is Backend.TRITON and triton_kernels() is None:
@@ -87,6 +87,20 @@ def unavailable_reason(backend: Backend) -> str | None:
         if build["cuda"] is None:
             return f"the C++ core was built without CUDA ({build['no_cuda']}); install nvcc and reinstall entropy_po"
     return None
+
+
+def left_out() -> tuple[Backend, ...]:
+    """The backends that the environment leaves out, separated by commas: one that crashes takes others of its process along.
+
+    Raises:
+        ValueError: it names something else, or torch, which is what remains.
+    """
+    names = [name for name in os.environ.get(WITHOUT, "").split(",") if name]
+    able = [b.value for b in Backend if b is not Backend.TORCH]
+    for name in names:
+        if name not in able:
+            raise ValueError(f"{WITHOUT}={','.join(names)!r}: {name!r} is not one of {able}.")
+    return tuple(map(Backend, names))
 
 
 def backend_override() -> Backend | None:

@@ -96,7 +96,7 @@ FAULTS = [
     Fault("the optimistic side of the clip", "entropy_po/policy_gradient.py", "torch.minimum(whole, clipped)", "torch.maximum(whole, clipped)", "test_online.py::test_later_steps_use_the_ratio_to_the_policy_that_sampled"),
     # gradients over tiles
     Fault("the anchor is dropped from dH of a long pair", PAIR, "sums.scale_hidden_(chosen, scalar - anchor)", "sums.scale_hidden_(chosen, scalar)", STRATEGIES),
-    Fault("the rejected answer begins one row late", PAIR, "g_logp[max(chosen.stop - part.start, 0) :] = -1", "g_logp[max(chosen.stop - part.start, 0) + 1 :] = -1", STRATEGIES),
+    Fault("the rejected answer begins one row late", PAIR, "g_logp[max(chosen.stop - part.start, 0) :].neg_()", "g_logp[max(chosen.stop - part.start, 0) + 1 :].neg_()", STRATEGIES),
     Fault("each tile's dW overwrites the last one's", SUMS, "self.empty, self.factor = False, factor", "self.factor = factor", STRATEGIES),
     Fault("dW is rounded before the last pair's part is added", PAIR, "last = group is plan.groups[-1]", "last = True", "test_sequence_losses.py::test_one_long_pair_among_short_ones"),
     Fault("a long pair's scalar also multiplies what is added after it", SUMS, "        tensor. `last`: nothing will be added after it.\"\"\"\n        self._multiply()", "        tensor. `last`: nothing will be added after it.\"\"\"", "test_sequence_losses.py::test_one_long_pair_among_short_ones"),

@@ -142,6 +142,29 @@ def test_the_environment_chooses_among_backends_and_describe_says_so(tmp_path):
     python(unknown, cwd=tmp_path, ENTROPY_PO_BACKEND="cude")
 
 
+def test_backends_are_left_out_by_name(tmp_path):
+    code = """
+        import warnings
+        from entropy_po import available_backends, tiles
+        warnings.simplefilter("ignore")
+        assert available_backends()["cpu"] == ["torch"] and "triton" not in available_backends()["cuda"]
+        assert tiles.default_backend("cpu") is tiles.Backend.TORCH
+        assert tiles.unavailable_reason(tiles.Backend.CPP) == "ENTROPY_PO_WITHOUT names it"
+        """
+    python(code, cwd=tmp_path, ENTROPY_PO_WITHOUT="cpp,triton")
+    for wrong in ("cude", "cpp,torch"):
+        code = """
+            from entropy_po import available_backends
+            try:
+                available_backends()
+            except ValueError as error:
+                assert "is not one of ['cpp', 'triton', 'cuda']" in str(error), error
+            else:
+                raise SystemExit("an unknown name was passed over")
+            """
+        python(code, cwd=tmp_path, ENTROPY_PO_WITHOUT=wrong)
+
+
 def test_operators_exist_after_import_before_any_call(tmp_path):
     python(
         """

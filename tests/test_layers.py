@@ -142,14 +142,16 @@ def test_csrc_includes_no_torch_and_pybind_in_one_place():
 def test_numbers_never_depend_on_the_environment():
     """No module of the numeric path reads an environment variable, and there is nowhere to keep a second copy of state.
 
-    One is read in one place: it chooses among backends, whose results differ by rounding, and `describe` shows it.
+    Two are read, in one place each: they choose among backends, whose results differ by rounding, and `describe` shows them.
     """
     for name, path in MODULES.items():
         if layer(name) is not None and layer(name) <= 3 and not name.startswith("entropy_po.kernels"):
             text = path.read_text()
             if name == "entropy_po.tiles":
-                assert text.count("os.environ.get(OVERRIDE)") == 1 and 'OVERRIDE = "ENTROPY_PO_BACKEND"' in text
-                text = text.replace("os.environ.get(OVERRIDE)", "")
+                assert 'OVERRIDE, WITHOUT = "ENTROPY_PO_BACKEND", "ENTROPY_PO_WITHOUT"' in text
+                for read in ("os.environ.get(OVERRIDE)", 'os.environ.get(WITHOUT, "")'):
+                    assert text.count(read) == 1
+                    text = text.replace(read, "")
             assert "environ" not in text.replace("environment", "") and "getenv" not in text, name
         assert "global " not in path.read_text(), f"{name} has a global statement"
 
