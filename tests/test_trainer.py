@@ -24,6 +24,8 @@ from entropy_po.trainer import EntropyPOConfig, PairCollator, PreferenceTrainer,
 from entropy_po.trainer.checkpoints import checkpoint_fault, last_checkpoint  # noqa: E402
 
 VOCAB = 32
+# transformers' name of it, and its older one
+CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(EntropyPOConfig, n))
 METHODS = {  # method, its arguments, and (a, b) by hand
     "hdpo": ({"beta": 0.5, "alpha": 0.8}, 0.4, 0.5),
     "dpo": ({"beta": 0.5}, 0.5, 0.5),
@@ -377,7 +379,7 @@ def test_what_cannot_be_found_or_called_is_said_at_the_start(tmp_path):
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
     losses = []
-    for name, kwargs in {"plain": {}, "checkpointed": {"activation_checkpointing": True}}.items():
+    for name, kwargs in {"plain": {}, "checkpointed": {CHECKPOINTING: True}}.items():
         trainer = make_trainer(tmp_path / name, lora_r=4, max_steps=2, **kwargs)
         losses.append(trainer.train().training_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

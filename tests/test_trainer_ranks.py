@@ -16,6 +16,7 @@ pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parent))
 import trainer_cases as cases
 from ranks import RankError, Ranks
+from test_trainer import CHECKPOINTING
 
 from entropy_po.trainer.checkpoints import last_checkpoint
 
@@ -47,7 +48,7 @@ OPTIONS = {
     "tied embeddings": {"tied": True},
     "accumulation": {"gradient_accumulation_steps": 2, "num_pairs": 7},
     "adapter": {"lora_r": 4},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {CHECKPOINTING: True},
     "clipping": {"max_grad_norm": 1.0},
     "no reference": {"method": "qempo", "lam": 2.0},
     "recompute": {"strategy": "recompute"},

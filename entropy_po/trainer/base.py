@@ -36,8 +36,9 @@ class HeadTrainer(Trainer):
         super().__init__(**kwargs)
         if self.args.n_gpu > 1:
             raise ValueError("several GPUs in one process are not supported; start the same command with torchrun.")
-        # `compute_loss` divides by the items of the whole step itself, so the Trainer must not divide again.
-        self.loss_is_scaled_for_ga, self.model_accepts_loss_kwargs = True, False
+        # `compute_loss` divides by the items of the whole step itself, so the Trainer must not divide again: transformers asks the
+        # first of these, before it had that one the second.
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(QuietProgress)
         self.pop_callback(PrinterCallback)
