@@ -418,11 +418,13 @@ def test_reference_cache_is_read_again(tmp_path, monkeypatch):
     first = make_trainer(tmp_path, **options)
     assert len(cache_files(tmp_path / "cache")) == 1 and not list((tmp_path / "cache").glob("*.tmp"))
     monkeypatch.setattr("entropy_po.trainer.reference_cache._compute", None)  # would fail if it were called
-    second = make_trainer(tmp_path, **options)
+    model = make_model()
+    model.config.pad_token_id, model.config.use_cache, model.config._name_or_path = 3, False, "elsewhere"
+    second = make_trainer(tmp_path, model=model, **options)
     assert [p.ref_logps for p in first.train_dataset.pairs] == [p.ref_logps for p in second.train_dataset.pairs]
 
 
-@pytest.mark.parametrize("change", ["model", "one_weight", "data", "boundary", "temperature", "transform"])
+@pytest.mark.parametrize("change", ["model", "one_weight", "config", "data", "boundary", "temperature", "transform"])
 def test_reference_cache_of_something_else_is_not_read(change, tmp_path):
     options = {"ref_cache_dir": str(tmp_path / "cache")}
     make_trainer(tmp_path, **options)
@@ -431,6 +433,8 @@ def test_reference_cache_of_something_else_is_not_read(change, tmp_path):
         model = make_model(seed=1)
     elif change == "one_weight":
         model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1e-3
+    elif change == "config":
+        model = make_model(rms_norm_eps=0.1)
     elif change == "data":
         rows[3]["chosen"] += " hot"
     elif change == "boundary":

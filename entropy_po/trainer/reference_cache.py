@@ -17,6 +17,8 @@ from entropy_po.trainer.data import PairDataset, pad_rows
 from entropy_po.trainer.safety import save_whole
 
 _SAMPLES = 64  # elements of each weight that are hashed in place, beside the sum over all its bits
+# Entries of a configuration that change no log-prob; all others might, as that of the rotary embedding does with the same weights.
+_IMMATERIAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -111,10 +113,12 @@ def _load(path: Path, fingerprint: str, num_pairs: int) -> Tensor | None:
 
 
 def _fingerprint(model: nn.Module, dataset: PairDataset, settings: dict) -> str:
-    """sha256 over weights, head transform, data and settings; adapters are left out, as the reference has none."""
+    """sha256 over weights, configuration, head transform, data and settings; adapters are left out, as the reference has none."""
     digest = hashlib.sha256()
     head = head_of(model)
-    transform = {"softcap": head.softcap, "logit_scale": head.logit_scale, **settings}
+    config: Any = model.config
+    matters = {k: v for k, v in config.to_dict().items() if k not in _IMMATERIAL and not k.endswith("_token_id")}
+    transform = {"softcap": head.softcap, "logit_scale": head.logit_scale, "config": matters, **settings}
     digest.update(json.dumps(transform, sort_keys=True, default=str).encode())
     adapters = (
         getattr(getattr(model, "base_model", None), "prefix", None) if hasattr(model, "disable_adapter") else None
