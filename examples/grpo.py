@@ -11,10 +11,11 @@ PROMPTS, GROUP, PROMPT, ANSWER = 2, 8, 4, 12
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 model = LlamaForCausalLM(config)
+model.generation_config.eos_token_id = None  # all answers are of one length, and drawn from the policy itself
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
 objective = EntropyObjective.qempo(lam=1000.0)
 prompts = torch.randint(512, (PROMPTS, PROMPT)).repeat_interleave(GROUP, 0)
-options = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+options = {"max_new_tokens": ANSWER, "do_sample": True, "top_k": 0, "pad_token_id": 0}
 
 
 def hidden_states(ids):  # those that predict the answers' tokens, packed
