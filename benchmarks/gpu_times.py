@@ -23,7 +23,7 @@ FIRST = ("pair", "hidden", "logits", "nll")
 
 
 def main() -> int:
-    """The exit status: 1 where nothing could be measured, or not all of this library."""
+    """The exit status: 1 where nothing could be measured, or something of this library failed that had time and memory."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_times", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the smaller shapes only")
     parser.add_argument("--rounds", type=int, default=5)

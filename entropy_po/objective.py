@@ -185,7 +185,8 @@ class EntropyObjective:
         if loss == "ipo":
             gap = (z - 0.5) / self.policy_coef
             return gap.square(), 2 * gap / self.policy_coef
-        return torch.relu(1 - z), (z >= 1).to(z.dtype) - 1  # -1 of NaN, too: its gradient must not look sound
+        # of NaN -1, as torch.relu's: a pair without a margin does not drop out
+        return torch.relu(1 - z), (z >= 1).to(z.dtype) - 1
 
     def implicit_reward(self, logps: Tensor, ref_logps: Tensor | None = None) -> Tensor:
         """The reward for which the policy is optimal, up to a constant per prompt: a * logps - b * ref_logps.

@@ -90,7 +90,7 @@ def unavailable_reason(backend: Backend) -> str | None:
 
 
 def left_out() -> tuple[Backend, ...]:
-    """The backends that the environment leaves out, separated by commas: one that crashes takes others of its process along.
+    """The tile backends that the environment leaves out, separated by commas: one that crashes on a GPU takes the others along.
 
     Raises:
         ValueError: it names something else, or torch, which is what remains.

@@ -115,6 +115,7 @@ PROBLEM = {
         ("    return sum(xs)\n\nprint(total([1]) + undefined)", True),  # a base model goes on after the body
         ("    return 3\n", True),
         ("return 3", True),  # an evaluation strips its answers
+        ("```python\ntotal = lambda xs: sum(xs)\n```", True),
         ("```\ndef total(xs):\n    return 4", False),
         ("", False),
         ("I cannot do that.", False),

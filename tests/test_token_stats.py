@@ -142,6 +142,11 @@ BAD = {
     "temperature row": (dict(temperature=torch.tensor([1.0, 0.0, 1.0])), r"temperature has an entry of 0 at row 1"),
     "temperature row inf": (dict(temperature=torch.tensor([1.0, 1.0, torch.inf])), r"temperature has an entry of inf"),
     "temperature tiny": (dict(temperature=1e-40), r"temperature=1e-40"),
+    "temperature steep": (dict(temperature=1e-9), r"temperature=1e-09 and logit_scale=1 multiply logits by 1e\+09"),
+    "temperature row steep": (
+        dict(temperature=torch.tensor([1.0, 1e-9, 1.0])),
+        r"temperature\[1\]=1e-09 and logit_scale=1 multiply logits by 1e\+09",
+    ),
     "temperature none": (dict(temperature=None), r"temperature=None"),
     "logit_scale huge": (dict(logit_scale=1e39), r"logit_scale=1e\+39"),
     "keep_mask list": (dict(keep_mask=[True] * 20), r"keep_mask must be a bool tensor.*list"),
@@ -155,6 +160,23 @@ BAD = {
     "backend": (dict(backend="fast"), r"backend='fast'"),
     "labels device": (dict(labels=torch.zeros(3, dtype=torch.int64, device="meta")), r"labels is on meta"),
 }
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_steepest_multiplier_of_the_largest_logits(rows, dtype):
+    """Near greedy: what rounding leaves of the transformed maximum, half a last place of 1e9, is what exp still bears."""
+    logits = (torch.rand(40, 50) * 2000 - 1000).to(dtype)
+    logits[:, 0] = logits.amax(1) * (1 - 2.0**-23)  # as good as equal
+    temperature = torch.full((40,), 1e-6) if rows else 1e-6
+    leaf, labels = logits.requires_grad_(), logits.detach().argmax(1)
+    ours = token_stats(leaf, labels, temperature=temperature)
+    exact = (logits.detach().double() / torch.tensor(1e-6, dtype=torch.float32).double()).log_softmax(1)
+    wanted = exact.gather(1, labels[:, None])[:, 0]
+    assert (ours.logps.double() - wanted).abs().max() <= 2e-5 + 1e-4 * wanted.abs().max()
+    assert (ours.entropy.double() + (exact.exp() * exact).sum(1)).abs().max() <= 1e-4
+    (gradient,) = torch.autograd.grad(ours.logps.sum(), leaf)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -99,7 +99,6 @@ def run(output_dir: Path, sizes: Sizes) -> dict:
         console.print(f"[bold]\\[{stage}/{len(RUNS) + 1}] {name}[/bold]  after {elapsed / 60:.1f} min")
         folder = output_dir / name.lower().replace(" ", "-")
         folder.mkdir(exist_ok=True)
-        torch.manual_seed(sizes.seed)
         model, cost = load_model(SMOLLM2, dtype="bfloat16", device=default_device()), {}
         if name in RUNS:
             model, cost, curves[name] = train(model, tokenizer, pairs, name, folder, sizes)

@@ -133,7 +133,9 @@ def prompts_and_score(path: Path | None, limit: int | None, task: str | None = N
                 f"{path}, line {number}: expected a JSON object with a `prompt`, got {line[:60]!r}."
             ) from error
         if not isinstance(prompt, str):
-            raise ValueError(f"{path}, line {number}: `prompt` must be text, got {type(prompt).__name__}.")
+            raise ValueError(
+                f"{path}, line {number}: `prompt` must be text, got {type(prompt).__name__}; tasks print it by --text."
+            )
         prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path}: no prompts; give one JSON object with a `prompt` per line.")

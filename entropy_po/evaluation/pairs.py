@@ -25,6 +25,8 @@ def pair_logps(
         pairs: rows in any of the formats that training takes.
         max_length: tokens; longer answers are cut, and a pair of which no difference is left is left out, with a warning.
         batch_size: pairs per forward.
+    Returns:
+        Rows of the pairs that are not left out, in their order.
     """
     dataset = tokenize_pairs(pairs, tokenizer, max_length=max_length, on_overlong="drop")
     if dataset.num_dropped:

@@ -117,7 +117,7 @@ def check_values(
 
 
 def _check_steepness(name: str, temperature: float, logit_scale: float) -> None:
-    if logit_scale / temperature > STEEPEST:
+    if logit_scale / temperature > STEEPEST * (1 + 1e-6):  # as 1e-6 rounds in fp32
         raise ValueError(
             f"{name}={temperature:g} and logit_scale={logit_scale:g} multiply logits by {logit_scale / temperature:g}, and kernels "
             f"bear at most {STEEPEST:g}; raise the temperature."
@@ -180,10 +180,11 @@ def make_transform(
         temperature = 1.0
     else:
         check_number("temperature", temperature, "use 1.0 for the model's own")
+        check_number("logit_scale", logit_scale, "use 1.0 for no scale")
+        _check_steepness("temperature", temperature, logit_scale)
     if softcap is not None:
         check_number("softcap", softcap, "use None for no cap")
     check_number("logit_scale", logit_scale, "use 1.0 for no scale")
-    _check_steepness("temperature", temperature, logit_scale)
     check_bias("bias", bias, vocab_size, device)
     if keep_mask is not None:
         if not isinstance(keep_mask, Tensor) or keep_mask.dtype != torch.bool or keep_mask.ndim == 0:

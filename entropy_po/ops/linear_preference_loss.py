@@ -178,8 +178,9 @@ def linear_preference_loss(
         if ref_weight is None:
             ref_weight = weight.detach()
             ref_bias = bias.detach() if ref_bias is None and bias is not None else ref_bias
-        ref_hidden_states, ref_weight = checks.check_head(ref_hidden_states, ref_weight, names)
+        checks.check_matrix(names[0], ref_hidden_states, "[N, D']")
         checks.check_device(names[0], ref_hidden_states, hidden_states.device)
+        ref_hidden_states, ref_weight = checks.check_head(ref_hidden_states, ref_weight, names)
         if len(ref_hidden_states) != len(hidden_states):
             raise ValueError(
                 f"ref_hidden_states has {len(ref_hidden_states)} rows, hidden_states has {len(hidden_states)}; give the same rows."

@@ -54,7 +54,8 @@ def program(problem: dict, answer: str) -> str:
     if re.search(rf"^\s*def {re.escape(problem['entry_point'])}\b", code, re.MULTILINE):
         code = f"{problem['prompt']}\n    pass\n\n{code}"  # its head comes with imports and functions that it may use
     else:
-        if not code[:1].isspace():
+        binds_it = re.search(rf"^{re.escape(problem['entry_point'])}\s*=", code, re.MULTILINE)
+        if not code[:1].isspace() and not binds_it:
             code = "    " + code
         code = problem["prompt"] + AFTER_BODY.split(code, maxsplit=1)[0]
     return f"{code}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"

@@ -153,15 +153,13 @@ class HeadTrainer(Trainer):
             )
         if self.train_dataset is None:
             raise ValueError("train_dataset must be given to train; this trainer was made to evaluate.")
-        if (
-            resume_from_checkpoint is None
-            and self.args.process_index == 0
-            and (earlier := checkpoints_in(self._folder))
-        ):
-            warnings.warn(
-                f"{earlier[0]} is of an earlier run, and resume_from_checkpoint=True would go on from it; move it away.",
-                stacklevel=2,
-            )
+        if resume_from_checkpoint is None and self.args.process_index == 0:
+            earlier = [folder for folder in checkpoints_in(self._folder) if checkpoint_fault(folder) is None]
+            if earlier:
+                warnings.warn(
+                    f"{earlier[0]} is of an earlier run, and resume_from_checkpoint=True would go on from it; move it away.",
+                    stacklevel=2,
+                )
         self._sums.clear()
         self._window_start = time.perf_counter()
         alone = only_run_in(self._folder) if self.args.process_index == 0 else nullcontext()

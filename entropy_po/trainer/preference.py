@@ -190,7 +190,7 @@ class PreferenceTrainer(HeadTrainer):
         if self.args.world_size == 1 or not state.end_of_dataloader:
             return num_pairs
         remainder = state.remainder
-        if training and not self.args.dataloader_drop_last:
+        if training and remainder < 0 and not self.args.dataloader_drop_last:
             # accelerate does not know it of a dataloader that skips the batches before a resumed run's
             remainder = len(self.train_dataset) % (num_pairs * self.args.world_size)
         if remainder <= 0:
