@@ -24,7 +24,6 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
