@@ -13,12 +13,14 @@ reward is `--reward_funcs entropy_po.demo.tasks:constraints_met`.
 
 from __future__ import annotations
 
-import json
+import argparse
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
+
+from entropy_po.tasks import add_text_option, chat, print_rows
 
 # Topic, and the word that is hard to avoid when writing about it.
 TOPICS = (
@@ -273,7 +275,7 @@ def prompt_rows(tasks: Iterable[Task]) -> list[dict]:
     """The tasks as rows for online training: a chat prompt, and the constraints that `constraints_met` reads."""
     return [
         {
-            "prompt": [{"role": "user", "content": task.prompt}],
+            "prompt": chat(task.prompt),
             "constraints": [[constraint.kind, list(constraint.args)] for constraint in task.constraints],
         }
         for task in tasks
@@ -333,5 +335,6 @@ def _topic_tasks(topic: str, word: str, seed: int, heldout: bool) -> list[Task]:
 
 
 if __name__ == "__main__":
-    for row in prompt_rows(train_tasks()):
-        print(json.dumps(row))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_text_option(parser)
+    print_rows(prompt_rows(train_tasks()), parser.parse_args().text)

@@ -169,6 +169,7 @@ def make_transform(
     keep_mask: Tensor | None,
 ) -> Transform:
     """Check the transform's arguments and gather them into one value."""
+    check_number("logit_scale", logit_scale, "use 1.0 for no scale")
     row_temperature = None
     if isinstance(temperature, Tensor):
         if temperature.numel() not in (1, rows):
@@ -180,11 +181,9 @@ def make_transform(
         temperature = 1.0
     else:
         check_number("temperature", temperature, "use 1.0 for the model's own")
-        check_number("logit_scale", logit_scale, "use 1.0 for no scale")
         _check_steepness("temperature", temperature, logit_scale)
     if softcap is not None:
         check_number("softcap", softcap, "use None for no cap")
-    check_number("logit_scale", logit_scale, "use 1.0 for no scale")
     check_bias("bias", bias, vocab_size, device)
     if keep_mask is not None:
         if not isinstance(keep_mask, Tensor) or keep_mask.dtype != torch.bool or keep_mask.ndim == 0:

@@ -154,10 +154,12 @@ class HeadTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset must be given to train; this trainer was made to evaluate.")
         if resume_from_checkpoint is None and self.args.process_index == 0:
-            earlier = [folder for folder in checkpoints_in(self._folder) if checkpoint_fault(folder) is None]
-            if earlier:
+            earlier = next(
+                (folder for folder in checkpoints_in(self._folder) if checkpoint_fault(folder) is None), None
+            )
+            if earlier is not None:
                 warnings.warn(
-                    f"{earlier[0]} is of an earlier run, and resume_from_checkpoint=True would go on from it; move it away.",
+                    f"{earlier} is of an earlier run, and resume_from_checkpoint=True would go on from it; move it away.",
                     stacklevel=2,
                 )
         self._sums.clear()

@@ -54,7 +54,7 @@ class QEMPOGRPOConfig(DualArguments, GRPOConfig):
         super().__post_init__()
         self._check_targets()
         for name, values in _NEEDED.items():
-            if getattr(self, name, values[0]) not in values:  # older TRL lacks some
+            if getattr(self, name) not in values:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is another objective than QEMPO; leave it at {values[0]!r}."
                 )
