@@ -28,13 +28,18 @@ class LaunchConfig:
         if self.block_v < 1 or self.block_v & (self.block_v - 1):
             raise ValueError(f"block_v={self.block_v} must be a power of two.")
 
+    def lanes(self, tile: Tensor) -> tuple[int, int]:
+        """(lanes, neighbours that a lane takes at once): 16 bytes to a thread, so that a lane is what one thread has."""
+        width = min(16 // tile.itemsize, self.block_v)
+        return min(self.num_warps * _threads_of_a_warp(tile.device), self.block_v // width), width
 
-# Of blocks.json, by kernel and bytes per logit; "default" serves what has no entry of its own. It takes 8 KiB of a row per
-# block, 16 columns per NVIDIA thread (8 in fp64), four stages, so that 24 KiB are in flight while a block is summed (but not in
-# a gradient that narrows: a barrier in a loop keeps Triton from fetching ahead, and other programs have to). With a
-# bias and a keep mask beside it a program needs under 96 KiB of shared memory, and even the fullest accumulators stay in
-# registers (tests/test_kernels_triton.py checks both). `python -m benchmarks.gpu_tune` times others and writes the entry
-# of the device it runs on.
+
+# Of blocks.json, by kernel and the bytes that are read per column, of a bias and a keep mask too, rounded up to 2, 4, 8 or 16;
+# "default" serves what has no entry of its own. It takes 8 KiB of a row per block and four stages, so that 24 KiB are in
+# flight while a block is summed (but not in a gradient that narrows: a barrier in a loop keeps Triton from fetching ahead,
+# and other programs have to). A fold of bf16, which an H200 leaves 12 instructions per logit, takes 32 columns to a thread:
+# what is done once per block is then a tenth of it. resources.json has the registers, memory and instructions of each.
+# `python -m benchmarks.gpu_tune` times others and writes the entry of the device it runs on.
 BLOCKS = Path(__file__).with_name("blocks.json")
 
 
@@ -54,10 +59,19 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def launch_config(kernel: str, tile: Tensor) -> LaunchConfig:
+@cache
+def _threads_of_a_warp(device: torch.device) -> int:
+    return 32 if device.type != "cuda" else torch.cuda.get_device_properties(device).warp_size
+
+
+def launch_config(kernel: str, tile: Tensor, transform: Transform) -> LaunchConfig:
     """The launch of "fold" or "grad" for a tile: the table's block, or one that just holds a narrower row."""
     table = _block_table()
-    block_v, num_warps, num_stages = table.get(architecture(tile.device), table["default"])[kernel][str(tile.itemsize)]
+    found = table.get(architecture(tile.device), table["default"])[kernel]
+    read = (
+        tile.itemsize + (0 if transform.bias is None else transform.bias.itemsize) + (transform.keep_mask is not None)
+    )
+    block_v, num_warps, num_stages = found[str(min(triton.next_power_of_2(read), 16))]
     fitting = min(triton.next_power_of_2(tile.shape[1]), block_v)
     return LaunchConfig(fitting, max(1, num_warps * fitting // block_v), num_stages)
 

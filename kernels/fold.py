@@ -20,34 +20,45 @@ from entropy_po.kernels.config import (
     transform_arguments,
 )
 from entropy_po.kernels.row_math import (
+    LEAST,
     LEVEL_ENTROPY,
     LEVEL_EXTRAS,
+    LOG2E,
     MINUS_INF,
-    floored,
-    rescale,
+    at_columns,
+    exp2,
+    finite,
+    moved,
     row_pointer,
     row_scales,
-    transformed,
+    whole_block,
 )
 from entropy_po.types import Level, Transform
 
 
 @triton.jit
-def _fold_block(u, k, m, s, t, q, c, live, LEVEL: tl.constexpr):
-    m, s, t, q, c = rescale(m, s, t, q, c, live, tl.max(u, axis=0) * k, LEVEL)
-    # Nothing but -inf so far: any finite reference gives exact zeros, and still lets a NaN through.
-    raw = tl.fma(u, k, -tl.where(m == MINUS_INF, 0.0, m))
-    d = floored(raw)
-    e = tl.exp(d)
+def _fold_block(u, k2, top, s, t, q, c, live, LEVEL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Each lane takes what its own thread has loaded, so that nothing here waits for another thread."""
+    u = tl.reshape(finite(u), (u.shape[0] // (LANES * WIDTH), LANES, WIDTH))
+    before = top
+    top = tl.maximum(top, tl.max(tl.max(u, axis=2), axis=0))
+    s, t, q, c = moved(before - top, exp2((before - top) * k2), s, t, q, c, live, LEVEL)
+    d = u - top[None, :, None]
+    e = exp2(d * k2)
+    s += _per_lane(e)
     if LEVEL >= LEVEL_ENTROPY:
-        t += e * d
-    s += e
+        t += _per_lane(e * d)
     if LEVEL >= LEVEL_EXTRAS:
-        alive = raw != MINUS_INF
-        q += e * e
-        c += tl.where(alive, raw, 0.0)
-        live += tl.where(alive, 1.0, 0.0)
-    return m, s, t, q, c, live
+        alive = u != LEAST
+        q += _per_lane(e * e)
+        c += _per_lane(tl.where(alive, d, 0.0))
+        live += _per_lane(tl.where(alive, 1.0, 0.0))
+    return top, s, t, q, c, live
+
+
+@triton.jit
+def _per_lane(x):
+    return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
 # Sizes, strides and offsets are not specialised on: no value of theirs compiles anew. What 16-byte loads need to know of
@@ -79,6 +90,8 @@ def _fold_kernel(
     KEEP_STRIDE_V: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,  # sums per row; a lane adds WIDTH neighbours at a time
+    WIDTH: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # before the first multiply: rows * stride passes 2^31
@@ -102,61 +115,79 @@ def _fold_kernel(
     if keep_ptr is not None:
         keep_ptr = row_pointer(keep_ptr, row, keep_stride, ALIGNED)
     k, slope_scale = row_scales(k, slope_scale, row_temperature_ptr, row, dtype)
+    k2 = k * LOG2E
 
-    # What earlier tiles left enters as the sums of lane 0.
-    lanes = tl.arange(0, BLOCK_V)
-    old = first == 0
-    old_m = tl.load(state_ptr, mask=old, other=MINUS_INF)
-    # spelled out: a module's constexpr is compared with itself at every launch, and a NaN has then changed
-    old_label_d = tl.load(state_ptr + 3 * step, mask=old, other=float("nan"))
-    old_label_z = tl.load(state_ptr + 4 * step, mask=old, other=float("nan"))
-    m = old_m
-    s = tl.where(lanes == 0, tl.load(state_ptr + step, mask=old, other=0.0), 0.0)
-    t = tl.zeros_like(s)
-    q = tl.zeros_like(s)
-    c = tl.zeros_like(s)
-    live = tl.zeros_like(s)
-    if LEVEL >= LEVEL_ENTROPY:
-        t = tl.where(lanes == 0, tl.load(state_ptr + 2 * step, mask=old, other=0.0), 0.0)
-    if LEVEL >= LEVEL_EXTRAS:
-        q = tl.where(lanes == 0, tl.load(state_ptr + 5 * step, mask=old, other=0.0), 0.0)
-        c = tl.where(lanes == 0, tl.load(state_ptr + 6 * step, mask=old, other=0.0), 0.0)
-        live = tl.where(lanes == 0, tl.load(state_ptr + 7 * step, mask=old, other=0.0), 0.0)
-
-    # After each block m is the maximum so far and every sum is relative to it. Whole blocks go without a mask: one with an
-    # arbitrary width would cut 16-byte loads into single elements.
+    # A lane's sums are relative to its own largest u, and d is a difference of two u: (6) of README.md.
+    top = tl.full((LANES,), LEAST, dtype)
+    s = tl.zeros((LANES,), dtype)
+    t = tl.zeros((LANES,), dtype)
+    q = tl.zeros((LANES,), dtype)
+    c = tl.zeros((LANES,), dtype)
+    live = tl.zeros((LANES,), dtype)
     whole = n_cols // BLOCK_V * BLOCK_V
     for col in tl.range(0, whole, BLOCK_V, num_stages=NUM_STAGES):
-        u, _ = transformed(x_ptr, col + lanes, None, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
-        m, s, t, q, c, live = _fold_block(u, k, m, s, t, q, c, live, LEVEL)
-    if whole < n_cols:
-        offs_v = whole + lanes
-        u, _ = transformed(
-            x_ptr, offs_v, offs_v < n_cols, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
+        u, _ = whole_block(
+            x_ptr, bias_ptr, keep_ptr, col, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, BLOCK_V, ALIGNED, dtype
         )
-        m, s, t, q, c, live = _fold_block(u, k, m, s, t, q, c, live, LEVEL)
+        top, s, t, q, c, live = _fold_block(u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
+    if whole < n_cols:
+        offs_v = whole + tl.arange(0, BLOCK_V)
+        u, _ = at_columns(
+            x_ptr, bias_ptr, keep_ptr, offs_v, offs_v < n_cols, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
+        )
+        top, s, t, q, c, live = _fold_block(u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
+
+    # The tile's sums, relative to its own m as a row state has them. Without a live entry they are 0, but for a NaN.
+    u_max = tl.max(top, axis=0)
+    s, t, q, c = moved(top - u_max, exp2((top - u_max) * k2), s, t, q, c, live, LEVEL)
+    is_empty = u_max == LEAST
+    weight = tl.where(is_empty, 0.0, 1.0)
+    s, t, q = tl.sum(s, axis=0) * weight, tl.sum(t, axis=0) * weight * k, tl.sum(q, axis=0) * weight
+    c, live = tl.sum(c, axis=0) * k, tl.sum(live, axis=0)
+    tile_m = tl.where(is_empty, MINUS_INF, u_max * k)
+    rounding = tl.where(is_empty, 0.0, tl.fma(u_max, k, -tile_m))
+    s, t, q, c = moved(rounding, tl.exp(rounding), s, t, q, c, live, LEVEL)
+
+    # What earlier tiles left is added.
+    old = first == 0
+    old_m = tl.load(state_ptr, mask=old, other=MINUS_INF)
+    m = tl.maximum(old_m, tile_m)
+    delta = tl.where(is_empty, 0.0, tile_m - m)
+    old_delta = tl.where(old_m == MINUS_INF, 0.0, old_m - m)
+    s, t, q, c = moved(delta, tl.exp(delta), s, t, q, c, live, LEVEL)
+    old_s = tl.load(state_ptr + step, mask=old, other=0.0)
+    old_t = tl.zeros_like(old_s)
+    old_q = tl.zeros_like(old_s)
+    old_c = tl.zeros_like(old_s)
+    old_live = tl.zeros_like(old_s)
+    if LEVEL >= LEVEL_ENTROPY:
+        old_t = tl.load(state_ptr + 2 * step, mask=old, other=0.0)
+    if LEVEL >= LEVEL_EXTRAS:
+        old_q = tl.load(state_ptr + 5 * step, mask=old, other=0.0)
+        old_c = tl.load(state_ptr + 6 * step, mask=old, other=0.0)
+        old_live = tl.load(state_ptr + 7 * step, mask=old, other=0.0)
+    old_s, old_t, old_q, old_c = moved(old_delta, tl.exp(old_delta), old_s, old_t, old_q, old_c, old_live, LEVEL)
 
     # The label's logit is read once more, alone: comparing every column with it would cost more. A label of another tile
     # or of no tile is masked off and never read.
     index = label - vocab_start
     here = (index >= 0) & (index < n_cols)
-    u, _ = transformed(x_ptr, index, here, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
-    moved = tl.where(old_m == MINUS_INF, 0.0, old_m - m)
-    label_d = tl.where(here, tl.fma(u, k, -tl.where(m == MINUS_INF, 0.0, m)), old_label_d + moved)
+    u, _ = at_columns(x_ptr, bias_ptr, keep_ptr, index, here, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
+    # spelled out: a module's constexpr is compared with itself at every launch, and a NaN has then changed
+    old_label_d = tl.load(state_ptr + 3 * step, mask=old, other=float("nan"))
+    old_label_z = tl.load(state_ptr + 4 * step, mask=old, other=float("nan"))
+    label_d = tl.where(here, tl.fma(u, k, -tl.where(m == MINUS_INF, 0.0, m)), old_label_d + old_delta)
     label_z = tl.where(here, u * k, old_label_z)  # rounded as the maximum is, so that the two compare exactly
 
     tl.store(state_ptr, m)
-    tl.store(state_ptr + step, tl.sum(s, axis=0))
-    if LEVEL >= LEVEL_ENTROPY:
-        tl.store(state_ptr + 2 * step, tl.sum(t, axis=0))
-    else:
-        tl.store(state_ptr + 2 * step, 0.0)
+    tl.store(state_ptr + step, old_s + s)
+    tl.store(state_ptr + 2 * step, old_t + t)  # 0 at a level that has none
     tl.store(state_ptr + 3 * step, label_d)
     tl.store(state_ptr + 4 * step, label_z)
     if LEVEL >= LEVEL_EXTRAS:
-        tl.store(state_ptr + 5 * step, tl.sum(q, axis=0))
-        tl.store(state_ptr + 6 * step, tl.sum(c, axis=0))
-        tl.store(state_ptr + 7 * step, tl.sum(live, axis=0))
+        tl.store(state_ptr + 5 * step, old_q + q)
+        tl.store(state_ptr + 6 * step, old_c + c)
+        tl.store(state_ptr + 7 * step, old_live + live)
 
 
 def fold_(
@@ -175,8 +206,9 @@ def fold_(
     check_last_dim_contiguous("tile", tile)
     if tile.numel() == 0:
         return
-    config = config or launch_config("fold", tile)
+    config = config or launch_config("fold", tile, transform)
     arguments = transform_arguments(tile, transform)
+    lanes, width = config.lanes(tile)
     with on_device(tile):
         _fold_kernel[(tile.shape[0],)](
             tile_ptr=tile,
@@ -191,6 +223,8 @@ def fold_(
             LEVEL=int(level),
             ALIGNED=rows_aligned(tile, arguments["keep_ptr"]),
             BLOCK_V=config.block_v,
+            LANES=lanes,
+            WIDTH=width,
             NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,
             **arguments,

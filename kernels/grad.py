@@ -17,27 +17,28 @@ from entropy_po.kernels.config import (
     rows_aligned,
     transform_arguments,
 )
-from entropy_po.kernels.row_math import at_label, divide, floored, row_pointer, row_scales, transformed
+from entropy_po.kernels.row_math import (
+    LOG2E,
+    at_columns,
+    at_label,
+    divide,
+    exp2,
+    finite,
+    row_pointer,
+    row_scales,
+    whole_block,
+)
 from entropy_po.types import Transform
 
 
 @triton.jit
-def _grad_block(u, k, m, s, mean_d, g_logp, g_ent, chain, col, lanes, index, WANT_ENTROPY: tl.constexpr):
-    """dz * chain of the columns col + lanes; `index` is the label's column."""
-    raw = tl.fma(u, k, -m)
-    d = floored(raw)
-    inv_s = divide(1.0, s)
-    logp_scale = -g_logp * inv_s * chain
+def _grad_block(u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY: tl.constexpr):
+    """dz * chain of a block, (4) of README.md without the label's term."""
     if WANT_ENTROPY:
-        entropy_scale = -g_ent * inv_s * chain
-        dz = tl.exp(d) * (logp_scale + entropy_scale * (d - mean_d))
+        d = tl.fma(finite(u), k, -m)
+        return exp2(d * LOG2E) * (logp_scale + entropy_scale * (d - mean_d))
     else:
-        dz = tl.exp(d) * logp_scale
-    if (index >= col) & (index < col + lanes.shape[0]):
-        is_label = col + lanes == index
-        label_d = tl.sum(tl.where(is_label, raw, 0.0), axis=0)
-        dz = tl.where(is_label, at_label(label_d, s, mean_d, g_logp, g_ent) * chain, dz)
-    return dz
+        return exp2(tl.fma(u, k, -m) * LOG2E) * logp_scale
 
 
 # See fold.py: no value of a size, stride or offset compiles anew.
@@ -106,15 +107,28 @@ def _grad_kernel(
     mean_d = tl.full((), 0.0, dtype)
     if WANT_ENTROPY:
         mean_d = divide(tl.load(state_ptr + 2 * step), s)
-    index = label - vocab_start
     k, slope_scale = row_scales(k, slope_scale, row_temperature_ptr, row, dtype)
     chain = slope_scale if HAS_SOFTCAP else k  # dz/dx, but for tanh's slope
 
-    # Each block is read, then written. Whole blocks go without a mask, as in fold.
+    logp_scale = -divide(g_logp * chain, s)
+    entropy_scale = -divide(g_ent * chain, s)
+
+    # The label's is another formula, and its one store the last: to look for it in every block would cost as much as the
+    # block. Its logit is read now, before anything is written over it.
+    index = label - vocab_start
+    here = (index >= 0) & (index < n_cols)
+    label_u, label_slope = at_columns(
+        x_ptr, bias_ptr, keep_ptr, index, here, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
+    )
+    label_dz = at_label(tl.fma(label_u, k, -m), s, mean_d, g_logp, g_ent) * chain
+
+    # Each block is read, then written.
     for col in tl.range(0, whole, BLOCK_V, num_stages=NUM_STAGES):
         offs_v = col + lanes
-        u, slope = transformed(x_ptr, offs_v, None, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
-        dz = _grad_block(u, k, m, s, mean_d, g_logp, g_ent, chain, col, lanes, index, WANT_ENTROPY)
+        u, slope = whole_block(
+            x_ptr, bias_ptr, keep_ptr, col, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, BLOCK_V, ALIGNED, dtype
+        )
+        dz = _grad_block(u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY)
         if NARROWS:
             # A narrow row overlays the front of its wide one: this block lands on columns of itself and of blocks
             # before, that a slower warp may still have to read. It never reaches a later block.
@@ -123,13 +137,13 @@ def _grad_kernel(
     if whole < n_cols:
         offs_v = whole + lanes
         mask_v = offs_v < n_cols
-        u, slope = transformed(
-            x_ptr, offs_v, mask_v, bias_ptr, keep_ptr, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
-        )
-        dz = _grad_block(u, k, m, s, mean_d, g_logp, g_ent, chain, whole, lanes, index, WANT_ENTROPY)
+        u, slope = at_columns(x_ptr, bias_ptr, keep_ptr, offs_v, mask_v, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
+        dz = _grad_block(u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY)
         if NARROWS:
             tl.debug_barrier()
         tl.store(out_ptr + offs_v, (dz * slope).to(out_dtype), mask=mask_v)
+    tl.debug_barrier()
+    tl.store(out_ptr + index, (label_dz * label_slope).to(out_dtype), mask=here)
 
 
 def grad_(
@@ -151,7 +165,7 @@ def grad_(
     check_last_dim_contiguous("out", out)
     if tile.numel() == 0:
         return
-    config = config or launch_config("grad", tile)
+    config = config or launch_config("grad", tile, transform)
     arguments = transform_arguments(tile, transform)
     with on_device(tile):
         _grad_kernel[(tile.shape[0],)](

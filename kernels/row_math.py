@@ -6,12 +6,29 @@ arguments: fp32, or fp64 for an fp64 tile.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from entropy_po.types import Level
 
 LEVEL_ENTROPY = tl.constexpr(int(Level.ENTROPY))
 LEVEL_EXTRAS = tl.constexpr(int(Level.EXTRAS))
 MINUS_INF = tl.constexpr(float("-inf"))
+LEAST = tl.constexpr(-1e25)  # of `finite`
+LOG2E = tl.constexpr(1.44269504088896340736)
+
+# 2^d; one instruction on NVIDIA GPUs, where tl.exp2 has three more for results below the normal range of fp32.
+exp2 = libdevice.exp2
+# a / b to 2 units in the last place, for a b near 1
+divide_fast = libdevice.fast_dividef
+if triton.knobs.runtime.interpret:  # which has no libdevice
+
+    @triton.jit
+    def exp2(d):
+        return tl.exp2(d)
+
+    @triton.jit
+    def divide_fast(a, b):
+        return a / b
 
 
 @triton.jit
@@ -24,9 +41,9 @@ def divide(a, b):
 
 
 @triton.jit
-def floored(d):
-    """d, but no lower than where exp is an exact 0 anyway: -inf becomes finite, so that 0 * d is 0; a NaN stays a NaN."""
-    return tl.maximum(d, -1.0e4, propagate_nan=tl.PropagateNan.ALL)
+def finite(u):
+    """u, but no lower than -1e25: -inf becomes finite, so that 0 * d is 0, and so is a sum of it; a NaN stays a NaN."""
+    return tl.maximum(u, LEAST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -65,29 +82,35 @@ def exp_parts(d):
 
 @triton.jit
 def tanh_and_slope(v):
-    """tanh(v) and its derivative from e = exp(-2|v|) and e - 1: no cancellation near 0, nor where tanh saturates."""
-    scale, tail = exp_parts(-2.0 * tl.abs(v))
-    e = scale * tail + scale
-    em1 = scale * tail + (scale - 1.0)
-    inverse = 1.0 / (em1 + 2.0)
-    magnitude = -em1 * inverse
-    return tl.where(v < 0.0, -magnitude, magnitude), 4.0 * e * inverse * inverse
+    """tanh(v) and its derivative. Neither cancels where tanh saturates, nor tanh near 0."""
+    if v.dtype == tl.float64:
+        scale, tail = exp_parts(-2.0 * tl.abs(v))
+        e = scale * tail + scale
+        em1 = scale * tail + (scale - 1.0)
+        inverse = 1.0 / (em1 + 2.0)
+        magnitude = -em1 * inverse
+        return tl.where(v < 0.0, -magnitude, magnitude), 4.0 * e * inverse * inverse
+    else:
+        # e = exp(-2 v); past 2^60 nothing changes any more, and inf / inf would be NaN
+        e = exp2(tl.minimum(v * (-2.0 * LOG2E), 60.0, propagate_nan=tl.PropagateNan.ALL))
+        inverse = divide_fast(1.0, 1.0 + e)
+        # Below 0.3, where 1 - e cancels: v + v^3 p(v^2) with p at Chebyshev nodes, relative error 4.3e-8.
+        w = v * v
+        p = (w * -0.05113268 + 0.13323874) * w - 0.33333286
+        small = (v * w) * p + v
+        return tl.where(tl.abs(v) < 0.3, small, (1.0 - e) * inverse), 4.0 * e * inverse * inverse
 
 
 @triton.jit
-def rescale(m, s, t, q, c, live, new_m, LEVEL: tl.constexpr):
-    """Make `new_m` the reference maximum. After this every sum is relative to it. m = -inf: nothing is summed yet."""
-    if new_m > m:
-        delta = tl.where(m == MINUS_INF, 0.0, m - new_m)
-        shrink = tl.exp(delta)
-        if LEVEL >= LEVEL_ENTROPY:
-            t = (t + s * delta) * shrink
-        s = s * shrink
-        if LEVEL >= LEVEL_EXTRAS:
-            q = q * (shrink * shrink)
-            c = c + live * delta
-        m = new_m
-    return m, s, t, q, c
+def moved(delta, shrink, s, t, q, c, live, LEVEL: tl.constexpr):
+    """The sums relative to another reference: the old one lies `delta` from it, in the unit of d, `shrink` is e^(z's part)."""
+    if LEVEL >= LEVEL_ENTROPY:
+        t = (t + s * delta) * shrink
+    s = s * shrink
+    if LEVEL >= LEVEL_EXTRAS:
+        q = q * (shrink * shrink)
+        c = c + live * delta
+    return s, t, q, c
 
 
 @triton.jit
@@ -129,33 +152,63 @@ def row_scales(k, slope_scale, row_temperature_ptr, row, dtype: tl.constexpr):
 
 
 @triton.jit
-def transformed(
+def transformed(x, bias, keep, before_tanh, HAS_SOFTCAP: tl.constexpr):
+    """u of the logits x, and tanh's slope there (1 without a softcap). `bias`, `keep`: at the same columns, or None.
+
+    A logit of -inf stays -inf under a softcap: it means "not in the vocabulary", not "minus the cap".
+    """
+    if bias is not None:
+        x += bias
+    if keep is not None:
+        x = tl.where(keep != 0, x, MINUS_INF)
+    slope = 1.0
+    if HAS_SOFTCAP:
+        y, slope = tanh_and_slope(x * tl.full((), before_tanh, x.dtype))
+        x = tl.where(x == MINUS_INF, MINUS_INF, y)
+    return x, slope
+
+
+@triton.jit
+def whole_block(
     x_ptr,  # the row's column 0
-    offs_v,
-    mask_v,  # None: every column is there
+    bias_ptr,  # column 0, or None
+    keep_ptr,  # the row's column 0, or None
+    col,
+    before_tanh,
+    HAS_SOFTCAP: tl.constexpr,
+    KEEP_STRIDE_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """`transformed` of the columns col, ..., col + BLOCK_V - 1, all of which are there: a mask would cut 16-byte loads into single
+    elements."""
+    offs_v = col + tl.arange(0, BLOCK_V)
+    if ALIGNED and x_ptr.dtype.element_ty == tl.bfloat16 and BLOCK_V > 1:
+        # Two bf16 are the halves of a word shifted into place; one by one they cost an extraction more.
+        word = tl.load(x_ptr.to(tl.pointer_type(tl.uint32)) + (col // 2 + tl.arange(0, BLOCK_V // 2)))
+        x = tl.join(word << 16, word & 0xFFFF0000).reshape((BLOCK_V,)).to(tl.float32, bitcast=True)
+    else:
+        x = tl.load(x_ptr + offs_v).to(dtype)
+    bias = None if bias_ptr is None else tl.load(bias_ptr + offs_v)
+    keep = None if keep_ptr is None else tl.load(keep_ptr + offs_v * KEEP_STRIDE_V)
+    return transformed(x, bias, keep, before_tanh, HAS_SOFTCAP)
+
+
+@triton.jit
+def at_columns(
+    x_ptr,
     bias_ptr,
-    keep_ptr,  # the row's column 0
+    keep_ptr,
+    offs_v,
+    mask_v,
     before_tanh,
     HAS_SOFTCAP: tl.constexpr,
     KEEP_STRIDE_V: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """u at the columns `offs_v`, and tanh's slope there (1 without a softcap). A masked lane reads -inf: it counts as 0.
-
-    A logit of -inf stays -inf under a softcap: it means "not in the vocabulary", not "minus the cap".
-    """
-    if mask_v is None:
-        x = tl.load(x_ptr + offs_v).to(dtype)
-    else:
-        x = tl.load(x_ptr + offs_v, mask=mask_v, other=float("-inf")).to(dtype)
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + offs_v) if mask_v is None else tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)
-    if keep_ptr is not None:
-        offs_keep = offs_v * KEEP_STRIDE_V
-        keep = tl.load(keep_ptr + offs_keep) if mask_v is None else tl.load(keep_ptr + offs_keep, mask=mask_v, other=0)
-        x = tl.where(keep != 0, x, MINUS_INF)
-    slope = 1.0
-    if HAS_SOFTCAP:
-        y, slope = tanh_and_slope(x * tl.full((), before_tanh, dtype))
-        x = tl.where(x == MINUS_INF, MINUS_INF, y)
-    return x, slope
+    """`transformed` of the columns offs_v; where mask_v does not hold nothing is read and u is -inf, which counts as 0."""
+    x = tl.load(x_ptr + offs_v, mask=mask_v, other=MINUS_INF).to(dtype)
+    bias = None if bias_ptr is None else tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)
+    keep = None if keep_ptr is None else tl.load(keep_ptr + offs_v * KEEP_STRIDE_V, mask=mask_v, other=0)
+    return transformed(x, bias, keep, before_tanh, HAS_SOFTCAP)

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import sass
 import torch
 from cuda_on_host import build
 from tile_contract import *  # noqa: F403
@@ -258,19 +259,11 @@ def readable(mangled):
     return " ".join([*words, ("general", "plain")[numbers[1]]])
 
 
-def tool(*arguments):
-    triton = importlib.util.find_spec("triton")
-    path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else None
-    if path is None or not path.exists():
-        pytest.skip("Triton, which carries cuobjdump, is not installed")
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
 @cache
 def resources():
     """{arch: {kernel: {registers, shared, spilled}}} of the built module."""
     report, arch, name = {}, None, None
-    for line in tool("-res-usage", tiles.compiled_core().__file__).splitlines():
+    for line in sass.cuobjdump("-res-usage", tiles.compiled_core().__file__).splitlines():
         if found := re.match(r"arch = (sm_\d+)", line):
             arch = report.setdefault(found[1], {})
         elif found := re.match(r"\s*Function (\S+):", line):
@@ -285,26 +278,13 @@ def resources():
 def listings(arch):
     """{kernel: [(address, instruction)]} of the built module."""
     kernels = {}
-    for text in tool("-sass", "-arch", arch, tiles.compiled_core().__file__).split("Function : ")[1:]:
-        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text)
-        kernels[readable(text.split("\n", 1)[0])] = [(int(address, 16), what) for address, what in found]
+    for text in sass.cuobjdump("-sass", "-arch", arch, tiles.compiled_core().__file__).split("Function : ")[1:]:
+        kernels[readable(text.split("\n", 1)[0])] = sass.listing(text)
     return kernels
 
 
-def hot_loop(listing):
-    """The instructions of the loop with the most 16-byte loads."""
-    loops = []
-    at = {address: i for i, (address, _) in enumerate(listing)}
-    for end, (address, what) in enumerate(listing):
-        target = re.search(r"0x([0-9a-f]+)", what) if "BRA" in what else None
-        if target and int(target[1], 16) < address:
-            loops.append([instruction for _, instruction in listing[at[int(target[1], 16)] : end + 1]])
-    return max(loops, key=lambda loop: (sum(is_wide_load(w) for w in loop), -len(loop)))
-
-
-def is_wide_load(instruction):
-    """16 bytes of logits: what comes from a bias is not marked first to be evicted."""
-    return re.search(r"\bLDG\.E\.EF\.128", instruction) is not None
+# 16 bytes of logits: what comes from a bias is not marked first to be evicted
+WIDE_LOAD = r"\bLDG\.E\.EF\.128"
 
 
 ARCHS = re.findall(r"sm_\d+", (tiles.compiled_core().build_info()["cuda"] or "") if tiles.compiled_core() else "")
@@ -337,7 +317,7 @@ def table():
     for arch, kernels in resources().items():
         code = listings(arch)
         for name, numbers in sorted(kernels.items()):
-            loop = {} if name.startswith(FEW_NUMBERS) else {"hot_loop": len(hot_loop(code[name]))}
+            loop = {} if name.startswith(FEW_NUMBERS) else {"hot_loop": len(sass.hot_loop(code[name], WIDE_LOAD))}
             entry = {"registers": numbers["registers"], "shared": numbers["shared"], **loop}
             made["kernels"].setdefault(name, {})[arch] = entry
     return made
@@ -365,9 +345,9 @@ def test_hot_loops_have_several_16_byte_loads_on_their_way(arch):
         assert not any(re.search(r"\b(LDL|STL)\b", what) for _, what in listing), f"{name} uses local memory"
         if name.startswith(FEW_NUMBERS):
             continue
-        loop, in_flight = hot_loop(listing), 4 if "plain" in name else 2
+        loop, in_flight = sass.hot_loop(listing, WIDE_LOAD), 4 if "plain" in name else 2
         first_use = next(i for i, what in enumerate(loop) if "FFMA" in what or "DFMA" in what or "FMNMX" in what)
-        assert sum(is_wide_load(what) for what in loop[:first_use]) == in_flight, (
+        assert sum(re.search(WIDE_LOAD, what) is not None for what in loop[:first_use]) == in_flight, (
             f"{name}: fewer loads before their first use"
         )
         wide_store = r"\bSTG\.E\S*\.64" if "into" in name else r"\bSTG\.E\S*\.128"
