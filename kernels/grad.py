@@ -114,13 +114,14 @@ def _grad_kernel(
     entropy_scale = -divide(g_ent * chain, s)
 
     # The label's is another formula, and its one store the last: to look for it in every block would cost as much as the
-    # block. Its logit is read now, before anything is written over it.
+    # block. Its logit is read first: another warp may soon write over it.
     index = label - vocab_start
     here = (index >= 0) & (index < n_cols)
     label_u, label_slope = at_columns(
         x_ptr, bias_ptr, keep_ptr, index, here, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
     )
     label_dz = at_label(tl.fma(label_u, k, -m), s, mean_d, g_logp, g_ent) * chain
+    tl.debug_barrier()
 
     # Each block is read, then written.
     for col in tl.range(0, whole, BLOCK_V, num_stages=NUM_STAGES):

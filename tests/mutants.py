@@ -91,6 +91,9 @@ FAULTS = [
     Fault("Triton: the label's gradient is as any other's", "kernels/grad.py", "mask=here)", "mask=here & (k < 0.0))", "test_kernels_triton.py::test_statistics_and_gradients"),
     Fault("Triton: the first tile reads what the memory held", "kernels/fold.py", "old = first == 0", "old = first < 2", "test_kernels_triton.py::test_the_first_tile_begins_the_state"),
     Fault("Triton: an entropy below 0", "kernels/stats.py", "tl.where(entropy < 0.0, 0.0, entropy)", "entropy", "test_kernels_triton.py::test_outputs_of_a_state"),
+    # the tile mathematics in CUDA C++
+    Fault("CUDA: the label's logit is read when it may have been written over", "csrc/cuda/tile_cuda_impl.h", "  __syncthreads();\n  Src edge{};", "  Src edge{};", "test_kernels_cuda.py::test_statistics_and_gradients"),
+    Fault("CUDA: the label's gradient is as any other's", "csrc/cuda/tile_cuda_impl.h", "if (has_label) store<1>", "if (false) store<1>", "test_kernels_cuda.py::test_statistics_and_gradients"),
     # objectives
     Fault("sign of the reference in the margin", OBJECTIVE, "return z - self.ref_coef * (ref_w - ref_l)", "return z + self.ref_coef * (ref_w - ref_l)", "test_objective.py::test_margin_and_loss_match_the_printed_vectors"),
     Fault("label smoothing is missing from the slope", OBJECTIVE, "eps), eps * torch.sigmoid(z) - (1 - eps) * torch.sigmoid(-z)", "eps), -torch.sigmoid(-z)", "test_objective.py::test_slope_is_the_derivative_of_the_loss"),

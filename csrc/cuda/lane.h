@@ -39,6 +39,20 @@ EP_DEVICE double lane_exp(double d) { return exp_floored(d); }
 EP_DEVICE float lane_floored(float d) { return max_or_nan(d, Numeric<float>::kFloor); }
 EP_DEVICE double lane_floored(double d) { return floored(d); }
 
+// tanh(v) and its derivative, of the same unit's instructions: half as many as tile.h's, which serve fp64. Neither cancels
+// where tanh saturates, nor tanh near 0.
+EP_DEVICE void lane_tanh_and_slope(float v, float& tanh_v, float& slope) {
+  // e = exp(-2 v); past 2^60 nothing changes any more, and inf / inf would be NaN
+  const float e = ex2_approx(-max_or_nan(v * (2.0f * Numeric<float>::kLog2e), -60.0f));
+  const float inverse = rcp_approx(1.0f + e);
+  // below 0.3, where 1 - e cancels: v + v^3 p(v^2) with p at Chebyshev nodes, relative error 4.3e-8
+  const float w = v * v;
+  const float p = (w * -0.05113268f + 0.13323874f) * w - 0.33333286f;
+  tanh_v = std::fabs(v) < 0.3f ? v * w * p + v : (1.0f - e) * inverse;
+  slope = 4.0f * e * inverse * inverse;
+}
+EP_DEVICE void lane_tanh_and_slope(double v, double& tanh_v, double& slope) { tanh_and_slope(v, tanh_v, slope); }
+
 // Columns [begin, begin + size) of a row as vectors. `edge_column` is this lane's column outside of them, or -1.
 struct Segment {
   int first_vector_column, vectors, edge_column;
@@ -136,7 +150,7 @@ struct RowReader : LogitScales<T> {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         T y, dy;
-        tanh_and_slope(u[i] * this->before_tanh, y, dy);
+        lane_tanh_and_slope(u[i] * this->before_tanh, y, dy);
         u[i] = u[i] == kMinusInf ? kMinusInf : y;
         if (kSlope) slope[i] = dy;
       }
@@ -223,10 +237,10 @@ EP_DEVICE int label_column(const TileArgs& a, int64_t row) {
   return column >= 0 && column < a.n_cols ? int(column) : -1;
 }
 
-// d loss / d x of columns col.., in dz.
+// d loss / d x of columns col.., in dz, (4) of kernels/README.md without the label's term.
 template <bool kWantEntropy, int kCount, class Src, class T, bool kPlain>
 EP_DEVICE void grad_values(const RowReader<Src, T, kPlain>& row, const RowGradient<T>& gradient, const Src* raw,
-                           int col, int label, T* dz) {
+                           int col, T* dz) {
   T u[kCount], slope[kCount];
   row.template transform<true, kCount>(raw, col, u, slope);
   const T scale = -row.chain / gradient.s;
@@ -235,20 +249,17 @@ EP_DEVICE void grad_values(const RowReader<Src, T, kPlain>& row, const RowGradie
   for (int i = 0; i < kCount; ++i) {
     const T d = lane_floored(fma(u[i], row.k, -gradient.m));
     dz[i] = lane_exp(d) * (kWantEntropy ? logp_scale + entropy_scale * (d - gradient.mean_d) : logp_scale);
+    if (!kPlain && row.before_tanh != T(0)) dz[i] *= slope[i];
   }
-  if (label >= col && label < col + kCount) {
-    const int at = label - col;
-    T label_u = u[0];
-#pragma unroll
-    for (int i = 1; i < kCount; ++i) label_u = i == at ? u[i] : label_u;
-    const T at_label = gradient.at_label(fma(label_u, row.k, -gradient.m)) * row.chain;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) dz[i] = i == at ? at_label : dz[i];
-  }
-  if (!kPlain && row.before_tanh != T(0)) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) dz[i] *= slope[i];
-  }
+}
+
+// The same of the label's column.
+template <class Src, class T, bool kPlain>
+EP_DEVICE T label_gradient(const RowReader<Src, T, kPlain>& row, const RowGradient<T>& gradient, int col) {
+  T u, slope = T(1);
+  row.template transform<true, 1>(row.x + col, col, &u, &slope);
+  const T dz = gradient.at_label(fma(u, row.k, -gradient.m)) * row.chain;
+  return !kPlain && row.before_tanh != T(0) ? dz * slope : dz;
 }
 
 template <int kCount, class Out, class T>

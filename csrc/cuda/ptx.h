@@ -1,4 +1,4 @@
-// The three instructions that CUDA C++ has no portable name for. Outside nvcc, tests/cuda_on_host gives them meaning.
+// The four instructions that CUDA C++ has no portable name for. Outside nvcc, tests/cuda_on_host gives them meaning.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,6 +8,13 @@
 __device__ __forceinline__ float ex2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x to 1 unit in the last place, likewise; for x of the normal range.
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

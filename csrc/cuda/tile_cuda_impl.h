@@ -153,7 +153,12 @@ __global__ void __launch_bounds__(kMaxLanes<Src>, 2)
   const RowReader<Src, T, kPlain> reader(a, scales, row);
   const Segment segment(reader.x, begin, size, lane);
   const RowGradient<T> gradient(st[0], s, kWantEntropy ? st[2 * a.state_stride] : T(0), g_logp, g_entropy);
+  // The label's is another formula, and its one store the last: to look for it among all columns would cost more. Its logit
+  // is read first: another warp may soon write over it.
   const int label = label_column(a, row);
+  const bool has_label = lane == 0 && label >= begin && label < begin + size;
+  const T at_label = has_label ? label_gradient(reader, gradient, label) : T(0);
+  __syncthreads();
   Src edge{};
   if (segment.edge_column >= 0) edge = reader.x[segment.edge_column];
   for (int first = 0; first < segment.vectors; first += kLoads * lanes) {
@@ -170,7 +175,7 @@ __global__ void __launch_bounds__(kMaxLanes<Src>, 2)
       if (v < segment.vectors) {
         const int col = segment.first_vector_column + v * n;
         T dz[n];
-        grad_values<kWantEntropy, n>(reader, gradient, raw[i].x, col, label, dz);
+        grad_values<kWantEntropy, n>(reader, gradient, raw[i].x, col, dz);
         store<n>(out + col, dz);
       }
     }
@@ -178,9 +183,11 @@ __global__ void __launch_bounds__(kMaxLanes<Src>, 2)
   if (kNarrows) __syncthreads();
   if (segment.edge_column >= 0) {
     T dz;
-    grad_values<kWantEntropy, 1>(reader, gradient, &edge, segment.edge_column, label, &dz);
+    grad_values<kWantEntropy, 1>(reader, gradient, &edge, segment.edge_column, &dz);
     store<1>(out + segment.edge_column, &dz);
   }
+  __syncthreads();
+  if (has_label) store<1>(out + label, &at_label);
 }
 
 inline bool is_plain(const TileArgs& a) { return !a.bias && !a.keep && a.softcap == 0.0; }

@@ -3,7 +3,7 @@
 // Every lane of a block is a coroutine that runs until it waits for others, and those that can run do so in an order
 // drawn anew each round: a missing barrier shows as a wrong number. Barriers and shuffles that not all lanes reach end
 // the process, as do misaligned vectors (-fsanitize=alignment). What it cannot show: speed, and the hardware's own
-// rounding; ex2.approx is given the worst error that its documentation allows.
+// rounding; ex2.approx and rcp.approx are given the worst errors that their documentation allows.
 #pragma once
 
 #include <math.h>
@@ -136,15 +136,20 @@ T __ldcs(const T* p) {
   return *p;
 }
 
-inline float ex2_approx(float x) {
-  if (x == 0.0f) return 1.0f;
-  if (x < -126.0f) return 0.0f;
-  const float y = float(exp2(double(x)));
+// y, moved by that many units in the last place, up or down as the bits of x have it.
+inline float off_by(int units, float y, float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
   const bool up = (bits * 2654435761u) >> 31;
-  return y == y ? nextafterf(nextafterf(y, up ? INFINITY : 0.0f), up ? INFINITY : 0.0f) : y;
+  for (int i = 0; i < units && y == y; ++i) y = nextafterf(y, up ? INFINITY : 0.0f);
+  return y;
 }
+inline float ex2_approx(float x) {
+  if (x == 0.0f) return 1.0f;
+  if (x < -126.0f) return 0.0f;
+  return off_by(2, float(exp2(double(x))), x);
+}
+inline float rcp_approx(float x) { return off_by(1, float(1.0 / double(x)), x); }
 inline float max_or_nan(float a, float b) { return a != a ? a : b != b ? b : a < b ? b : a; }
 template <class T>
 T product(T a, T b) {
