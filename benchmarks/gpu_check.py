@@ -2,9 +2,9 @@
 
 Builds the package with its CUDA kernels into a folder of its own and tries whether either backend launches at all
 (benchmarks.gpu_smoke): nothing is spent on one that does not. Then, what matters most first, tests the operators, re-tunes
-Triton's blocks (benchmarks.gpu_tune), times both backends with them against their floors and peers (benchmarks.gpu_times), tests
+Triton's blocks and which tiles are whose (benchmarks.gpu_tune), times both backends with them against their floors and peers (benchmarks.gpu_times), tests
 the kernels, and runs those of CUDA C++ under compute-sanitizer where it is installed. A stage that fails, or runs
-out of time, does not keep the next from running; the exit status tells. What there is of the report, the block table and a
+out of time, does not keep the next from running; the exit status tells. What there is of the report, the tables and a
 log is in --output_dir after every stage, so that nothing is lost when the whole is cut short. Needs Python 3.11 or newer with
 torch, triton, pybind11, setuptools and pytest, and takes peers from the caller's PYTHONPATH; without a CUDA device it says so
 and exits 0.
@@ -25,7 +25,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SITE, TABLE, RESULTS = ROOT / "build" / "gpu", ROOT / "kernels" / "blocks.json", ROOT / "benchmarks" / "results"
+SITE, RESULTS = ROOT / "build" / "gpu", ROOT / "benchmarks" / "results"
+# written by the stage "tune": the file, and its folder in the package
+TABLES = {ROOT / "kernels" / "blocks.json": "kernels", ROOT / "entropy_po" / "dispatch.json": ""}
 # seconds; what a stage leaves goes to those after it
 STAGES = {
     "build": 110, "triton": 35, "cuda": 20, "operators": 50, "tune": 65, "times": 150, "kernels": 65, "sanitizer": 45
@@ -167,10 +169,11 @@ def main() -> int:
             stages.run(name, pytest_command("gpu and not compiler", *tests), **without)
         elif name == "tune":
             seconds = ["--seconds", str(stages.limit(name) - TO_FINISH)]
-            stages.run(name, [sys.executable, "-P", "-m", "benchmarks.gpu_tune", *seconds, *quick])
-            for folder in (output_dir, SITE / "entropy_po" / "kernels"):
-                if folder.is_dir():  # not where nothing could be built
-                    shutil.copy(TABLE, folder)
+            stages.run(name, [sys.executable, "-P", "-m", "benchmarks.gpu_tune", *seconds, *quick], **without)
+            for table, folder in TABLES.items():
+                shutil.copy(table, output_dir)
+                if (SITE / "entropy_po").is_dir():  # not where nothing could be built
+                    shutil.copy(table, SITE / "entropy_po" / folder)
         elif (sanitizer := shutil.which("compute-sanitizer", path=tools)) is None:
             stages.results[name] = "SKIPPED: compute-sanitizer is not installed"
         else:

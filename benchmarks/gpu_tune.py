@@ -1,6 +1,8 @@
-"""Triton's blocks for this device: `python -m benchmarks.gpu_tune` times some and writes the best into kernels/blocks.json.
+"""Triton's blocks for this device, and which tiles are CUDA C++'s: `python -m benchmarks.gpu_tune` times some and writes what is
+best into kernels/blocks.json and entropy_po/dispatch.json.
 
-A block serves every width, so it is chosen over several shapes at once: the least geometric mean of time over bytes.
+A block serves every width, so it is chosen over several shapes at once: the least geometric mean of time over bytes. So is the
+number of rows up to which CUDA C++ goes first.
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ from pathlib import Path
 import torch
 from triton import TritonError
 
+from entropy_po import dispatch, tiles
 from entropy_po.bench.timing import median_ms
-from entropy_po.kernels.config import LaunchConfig, architecture
+from entropy_po.kernels.config import LaunchConfig
 from entropy_po.kernels.launch import fold_, grad_
 from entropy_po.tiles import bf16_overlay
 from entropy_po.types import Level, Transform, new_state
 
-TABLE = Path(__file__).resolve().parent.parent / "kernels" / "blocks.json"
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "kernels" / "blocks.json"
+RULE = ROOT / "entropy_po" / "dispatch.json"
 SHAPES = [(8192, 32_768), (4096, 151_936), (512, 131_072)]
 DTYPES = (torch.bfloat16, torch.float32)
 BLOCKS = [
@@ -37,9 +42,19 @@ BLOCKS = [
 ]
 
 
-def problem(n: int, v: int, dtype: torch.dtype, device: torch.device | str) -> tuple:
+# of dispatch.json's entries: kernel, dtype, whether the gradient narrows
+TILES = {
+    "fold 2": ("fold", torch.bfloat16, False), "fold 4": ("fold", torch.float32, False),
+    "grad 2": ("grad", torch.bfloat16, False), "grad 4": ("grad", torch.float32, False),
+    "grad 4 into 2": ("grad", torch.float32, True),
+}  # fmt: skip
+ROWS, UNALIGNED_ROWS, COLUMNS = (32, 64, 128, 256, 512, 1024, 4096), (64, 1024), 131_072
+DISPATCH_SECONDS = 10  # for all of them
+
+
+def problem(n: int, v: int, dtype: torch.dtype, device: torch.device | str, aligned: bool = True) -> tuple:
     """(tile, labels, state, upstream gradient) that a launch takes."""
-    tile = torch.randn(n, v, device=device).to(dtype)
+    tile = torch.randn(n, v if aligned else v + 1, device=device).to(dtype)[:, :v]
     labels = torch.randint(v, (n,), device=device)
     state = new_state(n, Level.ENTROPY, tile)
     fold_(tile, labels, 0, state, Transform(), level=Level.ENTROPY)
@@ -70,10 +85,10 @@ def compile_all(jobs: list[tuple[str, torch.dtype, LaunchConfig]]) -> None:
         list(pool.map(compile_one, *zip(*jobs, strict=True)))
 
 
-def timed(kernel: str, dtype: torch.dtype, config: LaunchConfig, tiles: list) -> float:
+def timed(kernel: str, dtype: torch.dtype, config: LaunchConfig, problems: list) -> float:
     """Geometric mean over the shapes of the seconds per gigabyte; infinity where the device cannot launch it."""
     costs = []
-    for found in tiles:
+    for found in problems:
         run, moved = launch(kernel, config, *found)
         try:
             costs.append(median_ms(run, rounds=5) / moved * 1e6)
@@ -92,6 +107,50 @@ def candidates(kernel: str, dtype: torch.dtype, old: LaunchConfig) -> list[Launc
     return list(dict.fromkeys([old, *blocks]))
 
 
+def rows_of_cuda(costs: dict[int, tuple[float, float]]) -> int | None:
+    """The number of rows up to which CUDA C++ goes first, None for any, from {rows: (its time, Triton's)}: the least geometric
+    mean of what is then taken."""
+
+    def cost(most: float) -> float:
+        return sum(math.log(cuda if n <= most else triton) for n, (cuda, triton) in costs.items())
+
+    most = min((0, *sorted(costs)[:-1], math.inf), key=cost)
+    return None if math.isinf(most) else int(most)
+
+
+def both_backends(name: str, n: int, aligned: bool, device: torch.device, blocks: dict) -> tuple[float, float]:
+    """Milliseconds of a tile's launch in CUDA C++ and in Triton."""
+    kernel, dtype, narrows = TILES[name]
+    tile, labels, state, upstream = problem(n, COLUMNS if aligned else COLUMNS - 1, dtype, device, aligned)
+    out = bf16_overlay(tile) if narrows else tile
+    rest = (labels, 0, state, *((upstream, upstream) if kernel == "grad" else ()), Transform())
+    options = {"out": out} if kernel == "grad" else {"level": Level.ENTROPY, "first": True}
+    in_cuda, in_triton = (tiles.fold_, fold_) if kernel == "fold" else (tiles.grad_, grad_)
+    config = LaunchConfig(*blocks[kernel][str(tile.itemsize)])
+    return (
+        median_ms(partial(in_cuda, tile, *rest, **options, backend=tiles.Backend.CUDA), rounds=5),
+        median_ms(partial(in_triton, tile, *rest, **options, config=config), rounds=5),
+    )
+
+
+def tune_dispatch(device: torch.device, blocks: dict) -> None:
+    """Writes the device's entry of dispatch.json."""
+    arch, table = dispatch.architecture(device), json.loads(RULE.read_text())
+    found = dict(table.get(arch, table["default"]))
+    for name in TILES:
+        for aligned in (True, False):
+            rows = ROWS if aligned else UNALIGNED_ROWS
+            costs = {n: both_backends(name, n, aligned, device, blocks) for n in rows}
+            entry = name if aligned else f"{name} unaligned"
+            found[entry] = rows_of_cuda(costs)
+            ratios = ", ".join(f"{n}: {cuda / triton:.2f}" for n, (cuda, triton) in costs.items())
+            most = "any number of" if found[entry] is None else f"up to {found[entry]}"
+            print(
+                f"{arch} {entry}: CUDA C++ first at {most} rows (its time over Triton's, by rows: {ratios})", flush=True
+            )
+    write(RULE, {**table, arch: found})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tune", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one shape")
@@ -99,9 +158,9 @@ def main() -> None:
         "--seconds", type=float, default=math.inf, help="of all kernels together, an even share for each"
     )
     arguments = parser.parse_args()
-    end, left = time.monotonic() + arguments.seconds, 2 * len(DTYPES)
+    end, left = time.monotonic() + arguments.seconds - DISPATCH_SECONDS, 2 * len(DTYPES)
     device = torch.device("cuda", torch.cuda.current_device())
-    name, table = architecture(device), json.loads(TABLE.read_text())
+    name, table = dispatch.architecture(device), json.loads(TABLE.read_text())
     before = table.get(name, table["default"])
     entry = {kernel: dict(before[kernel]) for kernel in ("fold", "grad")}
     configs = {
@@ -111,14 +170,14 @@ def main() -> None:
     }
     compile_all([(*which, config) for which, found in configs.items() for config in found])
     for dtype in DTYPES:
-        tiles = [problem(n, v, dtype, device) for n, v in (SHAPES[:1] if arguments.quick else SHAPES)]
+        problems = [problem(n, v, dtype, device) for n, v in (SHAPES[:1] if arguments.quick else SHAPES)]
         for kernel in entry:
             found, costs = configs[kernel, dtype], {}
             old = found[0]
             share, left = time.monotonic() + (end - time.monotonic()) / left, left - 1
             for config in found:
                 if not costs or time.monotonic() < share:
-                    costs[config] = timed(kernel, dtype, config, tiles)
+                    costs[config] = timed(kernel, dtype, config, problems)
             best = min(costs, key=costs.get)
             if math.isinf(costs[best]):
                 raise SystemExit(
@@ -127,16 +186,18 @@ def main() -> None:
             entry[kernel][str(dtype.itemsize)] = [best.block_v, best.num_warps, best.num_stages]
             tried = f"{costs[old] / costs[best]:.3f} times as fast as {old}; {len(costs)} of {len(found)} tried"
             print(f"{name} {kernel} {dtype}: {best}, {tried}", flush=True)
-            write({**table, name: entry})
+            write(TABLE, {**table, name: entry})
+    if tiles.unavailable_reason(tiles.Backend.CUDA) is None:
+        tune_dispatch(device, entry)
 
 
-def write(table: dict[str, dict]) -> None:
-    """The whole table, a kernel a line."""
+def write(path: Path, table: dict[str, dict]) -> None:
+    """The whole table, an entry a line."""
     rows = [
         f'  "{arch}": {{\n' + ",\n".join(f'    "{k}": {json.dumps(v)}' for k, v in kernels.items()) + "\n  }"
         for arch, kernels in table.items()
     ]
-    TABLE.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
 
 
 if __name__ == "__main__":

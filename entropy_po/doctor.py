@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_po import __version__, reference, tiles
+from entropy_po import __version__, dispatch, reference, tiles
 from entropy_po.ops import gemm
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.token_stats import token_stats
@@ -48,7 +48,8 @@ def describe() -> dict[str, Any]:
 
     Returns:
         A dict of plain values: `install` (kind, path, commit or wheel tag), `backends` (device -> usable backends, the one
-        in use first), `override` (what ENTROPY_PO_BACKEND names, or None), `unavailable` (backend -> reason), `problems`
+        in use first), `dispatch` (architecture -> rule where a tile's shape decides between Triton and CUDA C++: the number of rows
+        up to which CUDA C++ goes first, None for any), `override` (what ENTROPY_PO_BACKEND names, or None), `unavailable` (backend -> reason), `problems`
         (what this installation could not answer, and why), `cpu` (instruction sets, the one in use first; threads; the
         OpenMP runtimes in the process, where the system tells; bytes of memory; of which operands the compiled core makes the
         products), `build` (with the CUDA architectures
@@ -76,6 +77,7 @@ def describe() -> dict[str, Any]:
         "entropy_po": __version__,
         "install": ask(_install, {}),
         "backends": ask(tiles.available_backends, {}),
+        "dispatch": ask(_dispatch, {}),
         "override": os.environ.get(tiles.OVERRIDE) or None,
         "unavailable": {name: reason for name, reason in reasons.items() if reason},
         "cpu": {
@@ -222,6 +224,14 @@ def _memory() -> int | None:
         return None
 
 
+def _dispatch() -> dict[str, dispatch.Rule]:
+    """By the architectures of the GPUs here; where there is none, the default rule."""
+    if not tiles.chosen_by_tile("cuda"):
+        return {}
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return {arch: dispatch.rule(arch) for arch in [dispatch.architecture(device) for device in devices] or ["default"]}
+
+
 def _gpu() -> dict[str, Any]:
     driver = Path("/proc/driver/nvidia/version")
     return {
@@ -262,6 +272,11 @@ def _lines(report: dict[str, Any]) -> list[str]:
     for device, backends in report["backends"].items():
         in_use = backends[0] if device != "cuda" or gpu["devices"] else "no device here"
         lines.append(f"  {device:5} {in_use}" + (f"  (also {', '.join(backends[1:])})" if len(backends) > 1 else ""))
+    for arch, rule in report["dispatch"].items() if gpu["devices"] else ():
+        for most in dict.fromkeys(rule.values()):
+            tiles_of = ", ".join(entry for entry, rows in rule.items() if rows == most)
+            where = "any number of" if most is None else f"up to {most}"
+            lines.append(f"  tiles on {arch} of {where} rows, cuda before triton: {tiles_of}")
     if report["override"] and report["backends"]:
         lines.append(f"  {tiles.OVERRIDE}={report['override']} puts that one first where it serves")
     lines += [f"  {backend}: not available: {reason}" for backend, reason in report["unavailable"].items()]

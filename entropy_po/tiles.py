@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from entropy_po import reference
+from entropy_po import dispatch, reference
 from entropy_po.types import Level, TokenStats, Transform, stats_from_state
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Backend(str, Enum):
 
 
 # Preferred first. `torch` serves both and is never chosen silently where a faster backend should have been there.
-# On CUDA the order is unmeasured: Triton's kernels are the older ones, nothing more.
+# Where both of CUDA's are usable and none is named, each tile has its own (dispatch.py).
 BACKENDS_BY_DEVICE = {
     "cpu": (Backend.CPP, Backend.TORCH),
     "cuda": (Backend.TRITON, Backend.CUDA, Backend.TORCH),
@@ -145,15 +145,22 @@ def default_backend(device_type: str) -> Backend:
     return chosen
 
 
-def resolve_backend(backend: str | None, device: torch.device) -> Backend:
-    """The backend that will run, or an error that lists what could.
+@cache
+def chosen_by_tile(device_type: str) -> bool:
+    """Whether a tile's shape decides between two backends of a device: both are usable, and the environment names neither."""
+    usable = [b for b in candidates_for(device_type) if unavailable_reason(b) is None]
+    return {Backend.TRITON, Backend.CUDA} <= {*usable} and backend_override() not in usable
+
+
+def resolve_backend(backend: str | None, device: torch.device) -> Backend | None:
+    """The backend that will run, None for each tile's own (`chosen_by_tile`), or an error that lists what could.
 
     Raises:
         ValueError: `backend` is not a name this package knows.
         NotImplementedError: it is, but it cannot serve this device or is not installed. Nothing falls back.
     """
     if backend is None or backend == "":
-        return default_backend(device.type)
+        return None if chosen_by_tile(device.type) else default_backend(device.type)
     names = [b.value for b in Backend]
     if backend not in names:
         raise ValueError(f"backend={backend!r} is not one of {names}; leave it out to let the device decide.")
@@ -190,11 +197,13 @@ def fold_(
     level: Level,
     first: bool = False,  # of these rows' tiles: `state` may hold anything, and an ignored row's becomes `types.IGNORED`
     ignore_index: int = -100,
-    backend: Backend = Backend.TORCH,
+    backend: Backend | None = Backend.TORCH,  # None: the tile's own
     isa: str = "",
 ) -> None:
     """Accumulate a tile into the row state, in one read. Tiles of a row may come in any order and any widths, none of them
     empty if it is the first."""
+    if backend is None:
+        backend = Backend.CUDA if dispatch.cuda_goes_first("fold", tile) else Backend.TRITON
     if backend is Backend.CPP:
         args = _tile_args(tile, labels, vocab_start, state, transform, ignore_index)
         compiled_core().fold(args, int(level), first, isa)
@@ -212,10 +221,11 @@ def stats(
     state: Tensor,  # [5 or 8, n], complete
     outputs: tuple[str, ...],
     *,
-    backend: Backend = Backend.TORCH,
+    backend: Backend | None = Backend.TORCH,  # None: the one that needs no compiler at its first launch
     isa: str = "",
 ) -> TokenStats:
     """What the state says of its rows, [n] each; differences are taken in fp64."""
+    backend = backend or Backend.CUDA
     if backend is Backend.TORCH:
         return stats_from_state(state, outputs)
     made = TokenStats(
@@ -254,11 +264,13 @@ def grad_(
     *,
     ignore_index: int = -100,
     out: Tensor | None = None,  # [n, v]: the tile itself, its `bf16_overlay`, or a tensor of the tile's dtype
-    backend: Backend = Backend.TORCH,
+    backend: Backend | None = Backend.TORCH,  # None: the tile's own
     isa: str = "",
 ) -> None:
     """Write g_logp * d logp / d tile + g_ent * d entropy / d tile, chained through the transform."""
     out = tile if out is None else out
+    if backend is None:
+        backend = Backend.CUDA if dispatch.cuda_goes_first("grad", tile, out) else Backend.TRITON
     if backend in (Backend.CPP, Backend.CUDA):
         g_logp = g_logp.contiguous() if g_logp is not None else None
         g_ent = g_ent.contiguous() if g_ent is not None else None

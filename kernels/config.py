@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from entropy_po.dispatch import architecture
 from entropy_po.types import Transform
 
 
@@ -46,17 +47,6 @@ BLOCKS = Path(__file__).with_name("blocks.json")
 @cache
 def _block_table() -> dict[str, dict[str, dict[str, list[int]]]]:
     return json.loads(BLOCKS.read_text())
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """The name a device goes by in blocks.json: sm_90, gfx942."""
-    if device.type != "cuda":
-        return "default"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:  # on NVIDIA's, gcnArchName is the name on the box
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 @cache

@@ -64,6 +64,8 @@ def test_nothing_is_spent_on_a_backend_that_does_not_launch(broken, tmp_path, mo
     ran, commands = {}, {}
 
     def run(self, name, command, **environment):
+        if name == "build":
+            (gpu_check.SITE / "entropy_po" / "kernels").mkdir(parents=True)
         ran[name], commands[name] = environment, command
         self.results[name] = "FAILED (1)" if name in broken else "ok"
         return name not in broken
@@ -71,9 +73,13 @@ def test_nothing_is_spent_on_a_backend_that_does_not_launch(broken, tmp_path, mo
     monkeypatch.setattr(gpu_check.Stages, "run", run)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    for name in ("SITE", "ROOT", "TABLE"):
+    for name in ("SITE", "ROOT"):
         monkeypatch.setattr(gpu_check, name, tmp_path / name)
-    gpu_check.TABLE.write_text("{}")
+    package = gpu_check.SITE / "entropy_po"
+    tables = {path.name: folder for path, folder in gpu_check.TABLES.items()}
+    monkeypatch.setattr(gpu_check, "TABLES", {tmp_path / name: folder for name, folder in tables.items()})
+    for table in gpu_check.TABLES:
+        table.write_text("{}")
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: name)
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--output_dir", str(tmp_path / "out")])
     assert gpu_check.main() == bool(broken)
@@ -83,7 +89,8 @@ def test_nothing_is_spent_on_a_backend_that_does_not_launch(broken, tmp_path, mo
         return
     assert [*ran] == [name for name in every if name not in [gpu_check.NEEDED_BY[backend] for backend in broken]]
     left_out = {"ENTROPY_PO_WITHOUT": broken[0]} if broken else {}
-    assert ran["operators"] == ran["times"] == ran["kernels"] == left_out
+    assert ran["operators"] == ran["times"] == ran["kernels"] == ran.get("tune", left_out) == left_out
+    assert "triton" in broken or all((package / folder / name).exists() for name, folder in tables.items())
     assert [path for path in commands["kernels"] if "kernels_" in path] == [
         f"tests/test_kernels_{backend}.py" for backend in ("cuda", "triton") if backend not in broken
     ]
@@ -118,6 +125,21 @@ def test_peers_that_the_caller_brought_are_there(tmp_path, monkeypatch):
     assert str(gpu_check.SITE) in said and "/wheels/of/peers" in said
 
 
+@pytest.mark.parametrize(
+    "costs, most",
+    [
+        ({32: (1, 2), 64: (1, 2), 4096: (3, 2)}, 64),
+        ({32: (2, 1), 64: (3, 1), 4096: (3, 2)}, 0),
+        ({32: (1, 2), 64: (1.01, 1), 4096: (1, 2)}, None),  # a little slower at one size of three
+    ],
+)
+def test_cuda_goes_first_up_to_where_that_takes_least(costs, most):
+    pytest.importorskip("triton")
+    from benchmarks import gpu_tune
+
+    assert gpu_tune.rows_of_cuda(costs) == most
+
+
 def test_blocks_are_tuned_over_all_sizes(tmp_path):
     """In Triton's interpreter, whose times mean nothing, a kernel of each kind at two sizes, on a table of its own."""
     pytest.importorskip("triton")
@@ -128,10 +150,15 @@ from types import SimpleNamespace
 from benchmarks import gpu_tune
 torch.cuda.current_device = lambda: 0
 gpu_tune.torch.device = lambda *_: "cpu"
-gpu_tune.architecture = lambda device: "sm_99"
+gpu_tune.dispatch.architecture = lambda device: "sm_99"
 table = Path({str(tmp_path / "blocks.json")!r})
 table.write_text(gpu_tune.TABLE.read_text())
-gpu_tune.TABLE, gpu_tune.SHAPES = table, [(2, 300), (3, 200)]
+rule = Path({str(tmp_path / "dispatch.json")!r})
+rule.write_text(gpu_tune.RULE.read_text())
+gpu_tune.TABLE, gpu_tune.RULE, gpu_tune.SHAPES = table, rule, [(2, 300), (3, 200)]
+gpu_tune.tiles.unavailable_reason = lambda backend: None
+# CUDA C++ is faster at few rows, and where rows are not aligned
+gpu_tune.both_backends = lambda name, n, aligned, device, blocks: ((n / 200 if aligned else 0.5), 1.0)
 tried = gpu_tune.candidates("fold", torch.float32, gpu_tune.LaunchConfig(1, 1, 1))
 assert len(tried) == 1 + len(gpu_tune.BLOCKS) and {{x.block_v for x in tried[1:7]}} == {{2048, 4096, 8192}}, tried
 gpu_tune.BLOCKS = gpu_tune.BLOCKS[:1]
@@ -144,6 +171,9 @@ for job in compiled[:2]:
     gpu_tune.launch(job[0], job[2], *gpu_tune.problem(2, 300, job[1], "cpu"))[0]()
 made = json.loads(table.read_text())["sm_99"]
 assert made.keys() == {{"fold", "grad"}} and all(made[kernel].keys() >= {{"2", "4"}} for kernel in made)
+made = json.loads(rule.read_text())["sm_99"]
+assert made["fold 2"] == made["grad 4 into 2"] == 128 and made["grad 4 unaligned"] is None, made
+assert made.keys() == json.loads(rule.read_text())["default"].keys()
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)

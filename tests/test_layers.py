@@ -16,6 +16,7 @@ LAYERS = {
     "policy_gradient": 0,
     "pages": 0,
     "testing": 0,
+    "dispatch": 0,
     "reference": 1,
     "kernels": 1,
     "tiles": 2,
@@ -91,7 +92,7 @@ def test_backends_import_neither_one_another_nor_the_reference():
     for name, path in MODULES.items():
         for imported in imports(path):
             if name.startswith("entropy_po.kernels"):
-                allowed = "entropy_po.kernels", "entropy_po.types", "torch", "triton"
+                allowed = "entropy_po.kernels", "entropy_po.types", "entropy_po.dispatch", "torch", "triton"
                 top = imported.split(".")[0]
                 outside = top in ("entropy_po", "numpy", "transformers") and not imported.startswith(allowed)
                 assert not outside, f"{name} imports {imported}"

@@ -322,7 +322,7 @@ def test_the_loops_are_vectorised(dtype):
     try:
         tile = torch.randn(64, 32_768).to(dtype)
         labels, state = torch.zeros(64, dtype=torch.int64), new_state(64, Level.ENTROPY, tile)
-        g, out = torch.ones(64), torch.empty_like(tile)
+        g, out, scratch = torch.ones(64), torch.empty_like(tile), torch.empty(64, 32_768)
 
         def fold():
             tiles.fold_(tile, labels, 0, state, Transform(), level=Level.ENTROPY, backend=Backend.CPP)
@@ -330,8 +330,10 @@ def test_the_loops_are_vectorised(dtype):
         def grad():
             tiles.grad_(tile, labels, 0, state, g, g, Transform(), out=out, backend=Backend.CPP)
 
+        wide = tile.float()
+
         def exp():
-            tile.float().exp_().sum()
+            torch.exp(wide, out=scratch).sum()
 
         seconds = {run: [] for run in (fold, grad, exp)}
         for _ in range(9):
@@ -339,8 +341,8 @@ def test_the_loops_are_vectorised(dtype):
                 start = time.perf_counter()
                 run()
                 times.append(time.perf_counter() - start)
-        # torch's own exp is vectorised, and writes; scalar loops take longer than it
-        assert min(seconds[fold]) < min(seconds[exp])
-        assert min(seconds[grad]) < min(seconds[exp])
+        # torch's own exp is vectorised; scalar loops take several times as long
+        assert min(seconds[fold]) < 1.5 * min(seconds[exp])
+        assert min(seconds[grad]) < 1.5 * min(seconds[exp])
     finally:
         torch.set_num_threads(threads)

@@ -64,7 +64,8 @@ def token_stats(
         vocab_group: the ranks that split the vocabulary, None for none: each calls this, forward and backward, with the
             same labels and with logits [..., V_r] and keep_mask of its own ids, those that follow the shards of the ranks
             before it. All get the same results; the gradient is that of the rank's own logits.
-        backend: "cpp", "triton", "cuda" or "torch"; None chooses by device (`available_backends`).
+        backend: "cpp", "triton", "cuda" or "torch"; None chooses by device (`available_backends`), between "triton"
+            and "cuda" by each tile's shape (`describe()["dispatch"]`).
 
     Returns:
         TokenStats of the labels' shape, fp32 (fp64 for fp64 logits). `logps` and `entropy` are differentiable once.

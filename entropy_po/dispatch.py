@@ -1,0 +1,52 @@
+"""Which of the two GPU backends computes a tile where both are there: CUDA C++ or Triton, by kernel, dtype and shape.
+
+The rule is dispatch.json, by architecture: up to how many rows of a tile CUDA C++ goes first, null for any number. It shares a row
+among blocks where Triton has one program for each, and so leaves most of a GPU idle at few rows; and it reads 16 bytes at once of
+rows that begin anywhere, where Triton reads element by element. "default" follows from that alone, by counting;
+`python -m benchmarks.gpu_tune` measures, and writes the entry of the device it runs on.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TABLE = Path(__file__).with_name("dispatch.json")
+Rule = dict[str, int | None]
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The name a device goes by in the tables of measurements: sm_90, gfx942; "default" of what is no GPU."""
+    if device.type != "cuda":
+        return "default"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:  # on NVIDIA's, gcnArchName is the name on the box
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def rule(arch: str) -> Rule:
+    """Of an architecture, or the default one."""
+    table: dict[str, Rule] = json.loads(TABLE.read_text())
+    return table.get(arch, table["default"])
+
+
+def entry(kernel: Literal["fold", "grad"], tile: Tensor, out: Tensor | None = None) -> str:
+    """What a tile's launch goes by in a rule: the kernel, the bytes of an element read and written, and whether rows are aligned."""
+    narrows = out is not None and out.itemsize < tile.itemsize
+    name = f"{kernel} {tile.itemsize}" + (f" into {out.itemsize}" if out is not None and narrows else "")
+    aligned = all(x is None or x.stride(0) * x.itemsize % 16 == 0 for x in (tile, out))
+    return name if aligned else f"{name} unaligned"
+
+
+def cuda_goes_first(kernel: Literal["fold", "grad"], tile: Tensor, out: Tensor | None = None) -> bool:
+    """Whether CUDA C++ rather than Triton computes a tile [n, v]."""
+    most = rule(architecture(tile.device))[entry(kernel, tile, out)]
+    return most is None or tile.shape[0] <= most
