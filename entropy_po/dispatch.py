@@ -9,9 +9,10 @@ rows that begin anywhere, where Triton reads element by element. "default" follo
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip is not None:  # on NVIDIA's, gcnArchName is the name on the box
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Both launch on torch's current device, which need not be the tensor's."""
+    return nullcontext() if tensor.device.type == "cpu" else torch.accelerator.device_index(tensor.device.index)
 
 
 @cache

@@ -211,7 +211,8 @@ def fold_(
         args = _tile_args(tile, labels, vocab_start, state, transform, ignore_index)
         device, stream = _cuda_stream(tile)
         workspace = tile.new_empty(compiled_core().cuda_fold_workspace(args, device), dtype=torch.uint8)
-        compiled_core().cuda_fold(args, int(level), first, workspace.data_ptr(), device, stream)
+        with dispatch.on_device(tile):
+            compiled_core().cuda_fold(args, int(level), first, workspace.data_ptr(), device, stream)
     else:
         fold = triton_kernels().fold_ if backend is Backend.TRITON else reference.fold_
         fold(tile, labels, vocab_start, state, transform, level=level, ignore_index=ignore_index, first=first)
@@ -249,7 +250,8 @@ def stats(
     if backend is Backend.CPP:
         compiled_core().stats(args, isa)
     else:
-        compiled_core().cuda_stats(args, *_cuda_stream(state))
+        with dispatch.on_device(state):
+            compiled_core().cuda_stats(args, *_cuda_stream(state))
     return made
 
 
@@ -280,7 +282,8 @@ def grad_(
         if backend is Backend.CPP:
             compiled_core().grad(args, *rest, isa)
         else:
-            compiled_core().cuda_grad(args, *rest, *_cuda_stream(tile))
+            with dispatch.on_device(tile):
+                compiled_core().cuda_grad(args, *rest, *_cuda_stream(tile))
     elif backend is Backend.TRITON:
         triton_kernels().grad_(
             tile, labels, vocab_start, state, g_logp, g_ent, transform, ignore_index=ignore_index, out=out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,8 +103,3 @@ def check_last_dim_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} has strides {tensor.stride()}; its last dimension must be contiguous: {name}.contiguous()."
         )
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return nullcontext() if tensor.device.type == "cpu" else torch.accelerator.device_index(tensor.device.index)

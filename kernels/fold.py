@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from entropy_po.dispatch import on_device
 from entropy_po.kernels.config import (
     LaunchConfig,
     check_last_dim_contiguous,
     launch_config,
-    on_device,
     rows_aligned,
     transform_arguments,
 )

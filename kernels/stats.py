@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_po.kernels.config import on_device
+from entropy_po.dispatch import on_device
 from entropy_po.types import TokenStats
 
 BLOCK_ROWS = 128

@@ -5,9 +5,10 @@ import itertools
 import oracles
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from entropy_po import TokenStats, linear_token_stats
-from entropy_po.ops import gemm
+from entropy_po.ops import checks, gemm, lm_head
 from entropy_po.plan import plan_tiles, tile_bytes
 from entropy_po.testing import allocations
 
@@ -402,3 +403,50 @@ def test_bad_input_is_named(case):
         linear_token_stats(
             arguments.pop("hidden_states"), arguments.pop("weight"), arguments.pop("labels"), **arguments
         )
+
+
+class WaitsForNothing(TorchDispatchMode):
+    """Refuses what would wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        assert name not in ("nonzero", "_local_scalar_dense", "masked_select", "is_nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("outputs", [("logps", "entropy"), ("logps",)])
+@pytest.mark.parametrize("workspace", [None, SMALL])
+def test_a_captured_call_computes_every_row_and_waits_for_nothing(trained, outputs, workspace, monkeypatch):
+    hidden, weight, bias, labels = problem(37, 24, 1003, torch.float32)
+    labels[::3] = -100
+
+    def results():
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
+        stats = linear_token_stats(*inputs, labels, bias=bias, outputs=outputs, workspace_bytes=workspace)
+        loss = sum(((i + 1) * x).sum() for i, x in enumerate(stats[: len(outputs)]))
+        return [*(x.detach() for x in stats[: len(outputs)]), *torch.autograd.grad(loss, inputs[: 1 + trained])]
+
+    expected = results()
+    monkeypatch.setattr(lm_head, "_is_captured", lambda device: True)
+    monkeypatch.setattr(checks, "check_values", lambda *args: None)  # of a CPU alone
+    with WaitsForNothing():
+        captured = results()
+    for ours, eager in zip(captured, expected, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+    assert not captured[0][::3].any() and not captured[len(outputs)][::3].any()
+
+
+def test_forward_and_backward_may_keep_different_rows(monkeypatch):
+    """One of them in a graph, say."""
+    hidden, weight, _, labels = problem(20, 8, 101, torch.float32)
+    labels[::3] = -100
+    gradients = []
+    for forward, backward in ((False, False), (True, False), (False, True)):
+        x = hidden.clone().requires_grad_()
+        monkeypatch.setattr(lm_head, "_is_captured", lambda device, now=forward: now)
+        loss = linear_token_stats(x, weight.requires_grad_(), labels).logps.sum()
+        monkeypatch.setattr(lm_head, "_is_captured", lambda device, now=backward: now)
+        gradients.append(torch.autograd.grad(loss, x)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])

@@ -167,6 +167,42 @@ def test_the_logits_path_waits_for_nothing_and_can_be_captured(backend):
     assert torch.equal(captured.logps, expected.logps) and torch.equal(captured.entropy, expected.entropy)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_hidden_path_can_be_captured_and_replayed_with_other_labels(backend, trained):
+    hidden, weight, _, labels = problem(torch.bfloat16)
+    inputs = (hidden.requires_grad_(), weight.requires_grad_(trained))
+
+    def run():
+        logps = linear_token_stats(*inputs, labels, outputs=("logps",), backend=backend).logps
+        return logps.detach(), *torch.autograd.grad(logps.sum(), inputs[: 1 + trained])
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()  # compiled, loaded, and cuBLAS has its workspace
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    labels.copy_(torch.randint(V, (N,)))
+    labels[1::4] = -100
+    graph.replay()
+    for ours, eager in zip(captured, run(), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-4)
+    assert not captured[0][1::4].any() and not captured[1][1::4].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one(backend):
+    logits, labels = torch.randn(300, V, dtype=torch.bfloat16), torch.randint(V, (300,))
+    expected = token_stats(logits.cuda(0), labels.cuda(0), backend=backend)
+    ours = token_stats(logits.to("cuda:1"), labels.to("cuda:1"), backend=backend)
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(ours.logps.cpu(), expected.logps.cpu())
+    assert torch.equal(token_stats(logits.cuda(0), labels.cuda(0), backend=backend).logps, expected.logps)
+
+
 def test_a_bad_label_is_nan_and_reads_nothing():
     logits = torch.randn(4, V, device="cuda")
     labels = torch.tensor([0, V, -1, 2**40], device="cuda")

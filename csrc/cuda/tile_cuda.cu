@@ -28,25 +28,6 @@ int element_bytes(DType dtype) {
   }
 }
 
-// The runtime linked in here has its own idea of the current device, which need not be torch's.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_));
-    elsewhere_ = before_ != device;
-    if (elsewhere_) check(cudaSetDevice(device));
-  }
-  ~OnDevice() {
-    if (elsewhere_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool elsewhere_ = false;
-};
-
 int64_t multiprocessors(int device) {
   int count = 0;
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
@@ -93,7 +74,7 @@ int64_t cuda_fold_workspace(const TileArgs& a, int device) {
 
 void cuda_fold(const TileArgs& a, void* workspace, int device, void* stream_handle) {
   if (is_empty(a)) return;
-  const OnDevice on_device(device);
+  check(cudaSetDevice(device));
   const LaunchPlan plan = plan_launch(a, device, workspace != nullptr);
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   switch (a.dtype) {
@@ -106,7 +87,7 @@ void cuda_fold(const TileArgs& a, void* workspace, int device, void* stream_hand
 
 void cuda_stats(const StatsArgs& a, int device, void* stream_handle) {
   if (a.n_rows == 0) return;
-  const OnDevice on_device(device);
+  check(cudaSetDevice(device));
   const auto kernel = a.is_double ? stats_kernel<double> : stats_kernel<float>;
   const int64_t blocks = ceil_div(a.n_rows, kStatsLanes);
   launch(kernel, unsigned(blocks), kStatsLanes, static_cast<cudaStream_t>(stream_handle), a);
@@ -114,7 +95,7 @@ void cuda_stats(const StatsArgs& a, int device, void* stream_handle) {
 
 void cuda_grad(const TileArgs& a, int device, void* stream_handle) {
   if (is_empty(a)) return;
-  const OnDevice on_device(device);
+  check(cudaSetDevice(device));
   // A narrowed row may overlay its wide one, where only a block of its own knows what has been read.
   const LaunchPlan plan = plan_launch(a, device, element_bytes(a.out_dtype) == element_bytes(a.dtype));
   const auto stream = static_cast<cudaStream_t>(stream_handle);

@@ -1,5 +1,8 @@
 // The CUDA tile functions behind the Python binding. They launch on the given stream of the given device and return: no
 // allocation, no synchronisation, so a CUDA graph can capture them. A launch that fails throws std::runtime_error.
+//
+// They make the device the thread's current one and leave it so: what was current before, the runtime linked in here need not
+// know, since torch has one of its own. The caller asks torch to make it current, and to restore (dispatch.py, on_device).
 #pragma once
 
 #include "../tile_args.h"

@@ -32,7 +32,8 @@ schema.LIBRARY.define(
     "Tensor? ref_logps, Tensor? ref_hidden_states, Tensor? ref_weight, Tensor? ref_bias, Tensor? pair_weights, "
     f"{schema.OPTIONS}, float policy_coef, float ref_coef, str loss, float label_smoothing, float nll_coef, bool mean, "
     "str strategy, int? workspace_bytes, str sequence_group, bool[] needs) "
-    f"-> ({', '.join(['Tensor'] * 11)})"
+    f"-> ({', '.join(['Tensor'] * 11)})",
+    tags=(torch.Tag.cudagraph_unsafe,),  # where sequences lie is asked of the device
 )
 
 
@@ -139,6 +140,10 @@ def linear_preference_loss(
     Raises:
         ValueError: a shape, dtype, device or range that can never work; the message names the argument. Ranks of a group
             that were called differently.
+
+    CUDA graphs:
+        Not captured: which tiles there are follows from where the sequences and their labels lie, which is asked of the device.
+        torch.compile knows and leaves the call out of its graphs.
 
     Numerics:
         Tile values and sums are fp32 whatever the operands are; log-probs of sequences, margins and losses are summed in
@@ -367,8 +372,7 @@ def _forward(
 
 def _reference_logps(head: LmHead, seqs: Sequences, workspace_bytes: int) -> Tensor:
     """[2B] in fp64, tile by tile and without gradient."""
-    state = linear_token_stats.fold(head, workspace_bytes)
-    return seqs.sums(exact_logps(state[:, : head.num_kept]))
+    return seqs.sums(exact_logps(linear_token_stats.fold(head, workspace_bytes)))
 
 
 def _recompute(
@@ -387,10 +391,9 @@ def _recompute(
 
 def _logps_and_entropy(head: LmHead, state: Tensor) -> tuple[Tensor, Tensor]:
     """[K] each, of the kept rows; log-probs in fp64."""
-    kept = state[:, : head.num_kept]
-    entropy = head.stats(kept, ("entropy",)).entropy
+    entropy = head.stats(state, ("entropy",)).entropy
     assert entropy is not None
-    return exact_logps(kept), entropy
+    return exact_logps(state), entropy
 
 
 def _two_products(

@@ -89,6 +89,10 @@ def linear_token_stats(
             vocab_group that were called with different rows, labels, dtypes or options.
         NotImplementedError: a backend that cannot serve this device.
 
+    CUDA graphs:
+        A capture computes all N rows, those that are ignored then and those that will be when it is replayed. Without one, their
+        number is asked for, which waits for the device. Over a vocab_group there is no capture: the ranks compare their calls.
+
     Numerics:
         Tile values and sums are fp32 whatever the operands are. With bf16 operands the tile's gradient is rounded to
         bf16 once, for the two products that follow, as is a gradient that is kept for the backward. On a CPU under
@@ -122,8 +126,8 @@ def stats_and_state(
     workspace_bytes: int,
     ahead: bool,
 ) -> tuple[TokenStats, Tensor]:
-    """The operator itself: differentiable outputs, and the row state that they were made of, as `fold` returns it. `ahead`: with
-    d logps / d hidden made on the way, for a frozen head."""
+    """The operator itself: differentiable outputs, and the row state [5 or 8, N] that they were made of, 0 at ignored rows.
+    `ahead`: with d logps / d hidden made on the way, for a frozen head."""
     results = torch.ops.entropy_po.linear_token_stats(hidden, weight, bias, labels, *options, workspace_bytes, ahead)
     return schema.token_stats_from_flat(results, options[6], labels.shape), results[-2]
 
@@ -165,19 +169,11 @@ def _tiles(head: LmHead, plan: TilePlan) -> Iterator[tuple[slice, slice, Operand
 
 
 def fold(head: LmHead, workspace_bytes: int) -> Tensor:
-    """The row state [5 or 8, N], its first columns those of the kept rows: one pass over the logits."""
-    state = _empty_state(head)
+    """The row state [5 or 8, K] of the kept rows: one pass over the logits."""
+    state = head.state(head.num_kept)
     for rows, cols, _, _, tile in _tiles(head, _plan(head, workspace_bytes)):
         head.fold_(tile, rows, cols, state[:, rows])
-    kept = slice(0, head.num_kept)
-    head.complete_(state[:, kept], kept)
-    return state
-
-
-def _empty_state(head: LmHead) -> Tensor:
-    # One column per row of the call, although only the kept rows' are used: a size that does not depend on the labels.
-    state = head.state(head.num_rows)
-    state[:, head.num_kept :] = 0
+    head.complete_(state, slice(0, head.num_kept))
     return state
 
 
@@ -238,7 +234,7 @@ def fold_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Hidde
     The label stays out of it: where p_label is almost 1, what is left of that row is a difference of its two terms.
     """
     plan = _plan(head, workspace_bytes, frozen=True)
-    state = _empty_state(head)
+    state = head.state(head.num_kept)
     result = HiddenSum(head, products=1, dtype=sequences.held_dtype(head.hidden.dtype))
     for rows in plan.row_slices():
         part, n = state[:, rows], rows.stop - rows.start
@@ -291,9 +287,9 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
         gradient = hidden_sum.finish()
     else:
         state, gradient = fold(head, workspace_bytes), hidden.new_empty(0)
-    stats = head.stats(state[:, : head.num_kept], tuple(options[6]))
+    stats = head.stats(state, tuple(options[6]))
     scattered = TokenStats(*(None if value is None else head.scatter(value) for value in stats))
-    return *schema.flat_stats(scattered, hidden), state, gradient
+    return *schema.flat_stats(scattered, hidden), head.scatter(state), gradient
 
 
 def _fake_forward(
@@ -319,7 +315,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *options, workspace_bytes, needs = rest
     head = LmHead(hidden, weight, bias, labels, tuple(options), inputs_that_need_a_gradient=needs)
-    return gradients(head, workspace_bytes, state, head.gather(grad_logps), head.gather(grad_entropy), needs)
+    upstream = head.gather(grad_logps), head.gather(grad_entropy)
+    return gradients(head, workspace_bytes, state if head.kept is None else state[:, head.kept], *upstream, needs)
 
 
 def _fake_backward(

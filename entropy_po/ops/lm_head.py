@@ -17,6 +17,10 @@ from entropy_po.plan import slices
 from entropy_po.types import Level, TokenStats, new_state, state_dtype, state_memory
 
 
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class LmHead:
     """hidden states [N, D], weight [V, D] and labels [N], reduced to the K rows whose label counts.
 
@@ -48,8 +52,12 @@ class LmHead:
         self.shards = schema.vocab_shards(self.vocab_size, labels, options, **facts)
         if hidden.device.type == "cpu":
             checks.check_values(labels, self.shards.total, self.ignore_index, options[0], options[3])
-        kept = (labels != self.ignore_index).nonzero()[:, 0]
-        self.kept = None if kept.numel() == labels.numel() else kept  # None: all rows, which costs nothing
+        self.kept: Tensor | None = None  # all rows, which costs nothing
+        if not _is_captured(
+            hidden.device
+        ):  # a graph that is replayed has other labels; kernels skip what is ignored, too
+            kept = (labels != self.ignore_index).nonzero()[:, 0]
+            self.kept = None if kept.numel() == labels.numel() else kept
         self.labels = labels.contiguous() if self.kept is None else labels[kept]
         self.transform = schema.transform_from_options(options, bias)  # its rows are the call's
 
@@ -174,10 +182,10 @@ class LmHead:
         return per_row.contiguous() if self.kept is None else per_row[self.kept]
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Values [K] of the kept rows among all N rows, 0 elsewhere."""
+        """Values [..., K] of the kept rows among all N rows, 0 elsewhere."""
         if self.kept is None:
             return values
-        return values.new_zeros(self.num_rows).index_copy_(0, self.kept, values)
+        return values.new_zeros((*values.shape[:-1], self.num_rows)).index_copy_(-1, self.kept, values)
 
 
 class HiddenSum:
