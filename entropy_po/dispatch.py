@@ -48,8 +48,12 @@ def entry(kernel: Literal["fold", "grad"], tile: Tensor, out: Tensor | None = No
     """What a tile's launch goes by in a rule: the kernel, the bytes of an element read and written, and whether rows are aligned."""
     narrows = out is not None and out.itemsize < tile.itemsize
     name = f"{kernel} {tile.itemsize}" + (f" into {out.itemsize}" if out is not None and narrows else "")
-    aligned = all(x is None or x.stride(0) * x.itemsize % 16 == 0 for x in (tile, out))
-    return name if aligned else f"{name} unaligned"
+    return name if aligned(tile, out) else f"{name} unaligned"
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether every row of these matrices begins at a multiple of 16 bytes."""
+    return all(x is None or (x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0) for x in tensors)
 
 
 def cuda_goes_first(kernel: Literal["fold", "grad"], tile: Tensor, out: Tensor | None = None) -> bool:

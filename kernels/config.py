@@ -93,11 +93,6 @@ def transform_arguments(tile: Tensor, transform: Transform) -> dict[str, object]
     }
 
 
-def rows_aligned(*tensors: Tensor | None) -> bool:
-    """Whether the rows of these matrices lie multiples of 16 bytes apart: then a thread loads and stores 16 at once."""
-    return all(x is None or x.stride(0) * x.itemsize % 16 == 0 for x in tensors)
-
-
 def check_last_dim_contiguous(name: str, tensor: Tensor) -> None:
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(

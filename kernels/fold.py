@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_po.dispatch import on_device
+from entropy_po.dispatch import aligned, on_device
 from entropy_po.kernels.config import (
     LaunchConfig,
     check_last_dim_contiguous,
     launch_config,
-    rows_aligned,
     transform_arguments,
 )
 from entropy_po.kernels.row_math import (
@@ -61,8 +60,8 @@ def _per_lane(x):
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
-# Sizes, strides and offsets are not specialised on: no value of theirs compiles anew. What 16-byte loads need to know of
-# the strides comes as one flag, ALIGNED; of the wide pointers, from Triton's own test of their alignment.
+# Sizes, strides and offsets are not specialised on: no value of theirs compiles anew. What 16-byte loads need to know comes
+# as one flag, ALIGNED, and from Triton's own test of the wide pointers' alignment.
 _RUNTIME = ["n_cols", "tile_stride", "state_stride", "keep_stride", "vocab_start", "ignore_index", "first"]
 _ANY_ALIGNMENT = ["labels_ptr", "state_ptr", "row_temperature_ptr"]
 
@@ -88,7 +87,7 @@ def _fold_kernel(
     LEVEL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     KEEP_STRIDE_V: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,  # sums per row; a lane adds WIDTH neighbours at a time
     WIDTH: tl.constexpr,
@@ -221,7 +220,7 @@ def fold_(
             ignore_index=ignore_index,
             first=int(first),
             LEVEL=int(level),
-            ALIGNED=rows_aligned(tile, arguments["keep_ptr"]),
+            ALIGNED=aligned(tile, arguments["keep_ptr"]),
             BLOCK_V=config.block_v,
             LANES=lanes,
             WIDTH=width,

@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_po.dispatch import on_device
+from entropy_po.dispatch import aligned, on_device
 from entropy_po.kernels.config import (
     LaunchConfig,
     check_last_dim_contiguous,
     launch_config,
-    rows_aligned,
     transform_arguments,
 )
 from entropy_po.kernels.row_math import (
@@ -70,7 +69,7 @@ def _grad_kernel(
     HAS_SOFTCAP: tl.constexpr,
     KEEP_STRIDE_V: tl.constexpr,
     NARROWS: tl.constexpr,  # the output's elements are narrower than the tile's
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -183,7 +182,7 @@ def grad_(
             vocab_start=vocab_start,
             ignore_index=ignore_index,
             NARROWS=out.itemsize < tile.itemsize,
-            ALIGNED=rows_aligned(tile, out, arguments["keep_ptr"]),
+            ALIGNED=aligned(tile, out, arguments["keep_ptr"]),
             BLOCK_V=config.block_v,
             NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,

@@ -107,3 +107,10 @@ def test_fold_and_grad_ask_for_each_tile(monkeypatch, first):
     tiles.grad_(x, labels, 0, state, None, None, Transform(), out=out, backend=None)
     assert ran == [first, first]
     assert [kernel for kernel, *_ in asked] == ["fold", "grad"] and asked[1][2] is out
+
+
+def test_rows_are_aligned_by_where_they_begin_and_how_far_they_lie_apart():
+    x = torch.zeros(4, 64, dtype=torch.bfloat16)
+    assert dispatch.aligned(x, None, x[1:, 8:])
+    assert not dispatch.aligned(x[:, 1:])  # two bytes in: nothing may be read there as a word
+    assert not dispatch.aligned(x, x[:, :63].clone())
