@@ -2,12 +2,12 @@
 
 Builds the package with its CUDA kernels into a folder of its own and tries whether either backend launches at all
 (benchmarks.gpu_smoke): nothing is spent on one that does not. Then, what matters most first, tests the operators, re-tunes
-Triton's blocks and which tiles are whose (benchmarks.gpu_tune), times both backends with them against their floors and peers (benchmarks.gpu_times), tests
-the kernels, and runs those of CUDA C++ under compute-sanitizer where it is installed. A stage that fails, or runs
-out of time, does not keep the next from running; the exit status tells. What there is of the report, the tables and a
-log is in --output_dir after every stage, so that nothing is lost when the whole is cut short. Needs Python 3.11 or newer with
-torch, triton, pybind11, setuptools and pytest, and takes peers from the caller's PYTHONPATH; without a CUDA device it says so
-and exits 0.
+Triton's blocks and which tiles are whose (benchmarks.gpu_tune), times both backends with them against their floors and peers
+(benchmarks.gpu_times), tests the kernels, times a second stream (benchmarks.gpu_streams), and runs the kernels of CUDA C++ under
+compute-sanitizer where it is installed. A stage that fails, or runs out of time, does not keep the next from running; the exit
+status tells. What there is of the report, the tables and a log is in --output_dir after every stage, so that nothing is lost when
+the whole is cut short. Needs Python 3.11 or newer with torch, triton, pybind11, setuptools and pytest, and takes peers from the
+caller's PYTHONPATH; without a CUDA device it says so and exits 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SITE, RESULTS = ROOT / "build" / "gpu", ROOT / "benchmarks" / "results"
 TABLES = {ROOT / "kernels" / "blocks.json": "kernels", ROOT / "entropy_po" / "dispatch.json": ""}
 # seconds; what a stage leaves goes to those after it
 STAGES = {
-    "build": 110, "triton": 35, "cuda": 20, "operators": 50, "tune": 65, "times": 150, "kernels": 65, "sanitizer": 45
+    "build": 105, "triton": 35, "cuda": 20, "operators": 50, "tune": 65, "times": 150, "kernels": 65, "streams": 20, "sanitizer": 45
 }  # fmt: skip
 BACKENDS = ("triton", "cuda")
 NEEDED_BY = {"triton": "tune", "cuda": "sanitizer"}  # the stage that is about one alone
@@ -164,6 +164,8 @@ def main() -> int:
             # the case that is begun last, and the pictures
             seconds = ["--seconds", str(stages.limit(name) - 3 * TO_FINISH), "--output_dir", str(output_dir)]
             stages.run(name, [sys.executable, "-P", "-m", "benchmarks.gpu_times", *seconds, *quick], **without)
+        elif name == "streams":
+            stages.run(name, [sys.executable, "-P", "-m", "benchmarks.gpu_streams"], **without)
         elif name == "kernels":
             tests = [path for path in KERNEL_TESTS if not any(f"kernels_{backend}" in path for backend in dead)]
             stages.run(name, pytest_command("gpu and not compiler", *tests), **without)

@@ -140,6 +140,18 @@ def test_cuda_goes_first_up_to_where_that_takes_least(costs, most):
     assert gpu_tune.rows_of_cuda(costs) == most
 
 
+def test_two_streams_make_what_one_does():
+    from benchmarks import gpu_streams
+
+    made = gpu_streams.runs(300, 32, 301, "cpu", workspace=256 * 4 * 301)
+    for run in made.values():
+        run()
+    one, two = (run.args for run in made.values())
+    assert (len(one[0]), len(two[0])) == (1, 2) and (one[1], two[1]) == (256, 128)
+    for ours, theirs in zip(two[2:], one[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
 def test_blocks_are_tuned_over_all_sizes(tmp_path):
     """In Triton's interpreter, whose times mean nothing, a kernel of each kind at two sizes, on a table of its own."""
     pytest.importorskip("triton")
