@@ -114,6 +114,12 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], **kwargs: Any) -> PreTr
     return tokenizer
 
 
+def adds_end_token(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the end token is put behind every text, as some tokenizers do: behind a prompt it says that the answer is over."""
+    ids = tokenizer("a")["input_ids"]
+    return len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+
+
 def default_device() -> torch.device:
     """Where a model runs that nothing was said of: a CUDA or ROCm GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

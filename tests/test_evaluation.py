@@ -27,9 +27,9 @@ pytest.importorskip("datasets")
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_trainer import make_model  # noqa: E402
-from test_trainer_data import make_tokenizer  # noqa: E402
+from test_trainer_data import make_tokenizer, make_tokenizer_that_ends_texts  # noqa: E402
 
-from entropy_po.evaluation import cli  # noqa: E402
+from entropy_po.evaluation import cli, sampling  # noqa: E402
 from entropy_po.evaluation.divergence import log_ratios  # noqa: E402
 from entropy_po.evaluation.embedding import load_embedder, policy_embedder  # noqa: E402
 from entropy_po.evaluation.evaluate import evaluate  # noqa: E402
@@ -140,6 +140,15 @@ def test_entropy_is_that_of_plain_softmax(model, tokenizer):
             assert answer.entropy == pytest.approx(float(expected), rel=2e-5)
             assert answer.finished == (answer.token_ids[-1] == tokenizer.eos_token_id)
             assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
+
+
+def test_an_answer_follows_a_prompt_that_is_not_over(model):
+    """Whatever the tokenizer puts behind a text."""
+    draw = {"answers_per_prompt": 3, "max_new_tokens": 5, "seed": 2}
+    plain, ends = make_tokenizer(chat=False), make_tokenizer_that_ends_texts()
+    expected, ours = (sample_answers(model, tokenizer, PROMPTS, **draw) for tokenizer in (plain, ends))
+    assert ours == expected
+    assert sampling.prompt_ids(ends, PROMPTS) == sampling.prompt_ids(plain, PROMPTS)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

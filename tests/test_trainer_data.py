@@ -11,7 +11,15 @@ transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
 
-from entropy_po.trainer.data import Pair, PairCollator, PairDataset, load_rows, tokenize_pairs  # noqa: E402
+from entropy_po.models import adds_end_token  # noqa: E402
+from entropy_po.trainer.data import (  # noqa: E402
+    Pair,
+    PairCollator,
+    PairDataset,
+    load_rows,
+    tokenize_pairs,
+    tokenize_prompts,
+)
 
 WORDS = "<pad> <eos> <unk> <user> <assistant> <end> is sky the blue green what color why red sun hot cold"
 TEMPLATE = (
@@ -37,6 +45,16 @@ def make_tokenizer(chat: bool = True):
     return tokenizer
 
 
+def make_tokenizer_that_ends_texts():
+    """As some Llamas' do; without a chat template, which would end messages itself."""
+    tokenizer = make_tokenizer(chat=False)
+    end = tokenizers.processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = end
+    return tokenizer
+
+
 def decoded(pair: Pair, tokenizer) -> list[tuple[str, str]]:
     """(prompt, answer) of the chosen and of the rejected sequence, as words."""
     words = [[tokenizer.convert_ids_to_tokens(int(i)) for i in ids] for ids, _ in pair.sequences()]
@@ -47,6 +65,16 @@ def decoded(pair: Pair, tokenizer) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def tokenizer():
     return make_tokenizer()
+
+
+def test_a_prompt_has_no_end_token_even_where_the_tokenizer_adds_one(tokenizer):
+    ends = make_tokenizer_that_ends_texts()
+    assert adds_end_token(ends) and not adds_end_token(tokenizer)
+    rows = [{"prompt": "the sky is"}, {"prompt": "why"}]
+    made = [[prompt.ids for prompt in tokenize_prompts(rows, one)] for one in (ends, make_tokenizer(chat=False))]
+    assert made[0] == made[1] and len(made[0][0]) == 3
+    (pair,) = tokenize_pairs([TEXT_ROW], ends).pairs
+    assert decoded(pair, ends) == [TEXT[:2], (TEXT[0], TEXT[2])]
 
 
 CHAT = ("<user> what color is the sky <end> <assistant>", "blue <end>", "green <end>")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from entropy_po import token_stats
+from entropy_po.models import adds_end_token
 
 MAX_NEW_TOKENS = 64
 
@@ -109,15 +110,19 @@ def sample_answers(
 def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """The token ids that the answers to user messages follow."""
     texts, add_special_tokens = _prompt_texts(tokenizer, prompts)
-    return tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+    end = int(add_special_tokens and adds_end_token(tokenizer))
+    return [ids[: len(ids) - end] for ids in tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]]
 
 
 def _left_padded(tokenizer, prompts: Sequence[str]):
     texts, add_special_tokens = _prompt_texts(tokenizer, prompts)
-    return tokenizer(
+    encoded = tokenizer(
         texts, add_special_tokens=add_special_tokens, padding=True, padding_side="left", return_tensors="pt",
         return_token_type_ids=False,
     )  # fmt: skip
+    if add_special_tokens and adds_end_token(tokenizer):
+        encoded.update({name: column[:, :-1] for name, column in encoded.items()})
+    return encoded
 
 
 def _prompt_texts(tokenizer, prompts: Sequence[str]) -> tuple[list[str], bool]:

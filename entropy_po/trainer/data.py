@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from entropy_po.answers import IGNORE_INDEX
 from entropy_po.arguments import choice, whole
+from entropy_po.models import adds_end_token
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 TRUNCATION_MODES, ON_OVERLONG = ("keep_start", "keep_end"), ("error", "drop")
@@ -212,7 +213,7 @@ def tokenize_prompts(rows: Iterable[dict], tokenizer, *, max_prompt_length: int 
     Raises:
         ValueError: a row without a prompt, named by its number (from 0), or no rows.
     """
-    prompts = []
+    prompts, end = [], int(adds_end_token(tokenizer))
     for number, row in enumerate(rows):
         try:
             _check_row(row)
@@ -221,6 +222,7 @@ def tokenize_prompts(rows: Iterable[dict], tokenizer, *, max_prompt_length: int 
                 raise ValueError(f"prompt is {reprlib.repr(prompt)}; give text or a list of messages.")
             if isinstance(prompt, str):
                 ids = tokenizer(prompt)["input_ids"]
+                ids = ids[: len(ids) - end]
             else:
                 _check_messages(prompt)
                 ids = _template(tokenizer, prompt, add_generation_prompt=True)
