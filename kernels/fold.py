@@ -88,6 +88,7 @@ def _fold_kernel(
     HAS_SOFTCAP: tl.constexpr,
     KEEP_STRIDE_V: tl.constexpr,
     ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes
+    KEEP_ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,  # sums per row; a lane adds WIDTH neighbours at a time
     WIDTH: tl.constexpr,
@@ -112,7 +113,7 @@ def _fold_kernel(
     dtype: tl.constexpr = state_ptr.dtype.element_ty
     x_ptr = row_pointer(tile_ptr, row, tile_stride, ALIGNED)
     if keep_ptr is not None:
-        keep_ptr = row_pointer(keep_ptr, row, keep_stride, ALIGNED)
+        keep_ptr = row_pointer(keep_ptr, row, keep_stride, KEEP_ALIGNED)
     k, slope_scale = row_scales(k, slope_scale, row_temperature_ptr, row, dtype)
     k2 = k * LOG2E
 
@@ -136,22 +137,20 @@ def _fold_kernel(
         )
         top, s, t, q, c, live = _fold_block(u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
 
-    # The tile's sums, relative to its own m as a row state has them. Without a live entry they are 0, but for a NaN.
+    # The tile's sums, relative to its largest u. Without a live entry they are 0, but for a NaN.
     u_max = tl.max(top, axis=0)
     s, t, q, c = moved(top - u_max, exp2((top - u_max) * k2), s, t, q, c, live, LEVEL)
     is_empty = u_max == LEAST
     weight = tl.where(is_empty, 0.0, 1.0)
     s, t, q = tl.sum(s, axis=0) * weight, tl.sum(t, axis=0) * weight * k, tl.sum(q, axis=0) * weight
     c, live = tl.sum(c, axis=0) * k, tl.sum(live, axis=0)
-    tile_m = tl.where(is_empty, MINUS_INF, u_max * k)
-    rounding = tl.where(is_empty, 0.0, tl.fma(u_max, k, -tile_m))
-    s, t, q, c = moved(rounding, tl.exp(rounding), s, t, q, c, live, LEVEL)
 
-    # What earlier tiles left is added.
+    # And relative to m, the rounded product, of this tile or of earlier ones. As an fma, the difference has what that rounding
+    # took; as a difference, it would be contracted into one without a word, and have it or not.
     old = first == 0
     old_m = tl.load(state_ptr, mask=old, other=MINUS_INF)
-    m = tl.maximum(old_m, tile_m)
-    delta = tl.where(is_empty, 0.0, tile_m - m)
+    m = tl.maximum(old_m, tl.where(is_empty, MINUS_INF, u_max * k))
+    delta = tl.where(is_empty, 0.0, tl.fma(u_max, k, -m))
     old_delta = tl.where(old_m == MINUS_INF, 0.0, old_m - m)
     s, t, q, c = moved(delta, tl.exp(delta), s, t, q, c, live, LEVEL)
     old_s = tl.load(state_ptr + step, mask=old, other=0.0)
@@ -172,6 +171,7 @@ def _fold_kernel(
     index = label - vocab_start
     here = (index >= 0) & (index < n_cols)
     u, _ = at_columns(x_ptr, bias_ptr, keep_ptr, index, here, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
+    u = tl.where(u <= LEAST, MINUS_INF, u)  # as among the sums
     # spelled out: a module's constexpr is compared with itself at every launch, and a NaN has then changed
     old_label_d = tl.load(state_ptr + 3 * step, mask=old, other=float("nan"))
     old_label_z = tl.load(state_ptr + 4 * step, mask=old, other=float("nan"))
@@ -220,7 +220,8 @@ def fold_(
             ignore_index=ignore_index,
             first=int(first),
             LEVEL=int(level),
-            ALIGNED=aligned(tile, arguments["keep_ptr"]),
+            ALIGNED=aligned(tile),
+            KEEP_ALIGNED=aligned(arguments["keep_ptr"]),
             BLOCK_V=config.block_v,
             LANES=lanes,
             WIDTH=width,

@@ -22,7 +22,7 @@ from entropy_po.kernels.row_math import (
     at_label,
     divide,
     exp2,
-    finite,
+    floored,
     row_pointer,
     row_scales,
     whole_block,
@@ -34,7 +34,7 @@ from entropy_po.types import Transform
 def _grad_block(u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY: tl.constexpr):
     """dz * chain of a block, (4) of README.md without the label's term."""
     if WANT_ENTROPY:
-        d = tl.fma(finite(u), k, -m)
+        d = floored(tl.fma(u, k, -m))
         return exp2(d * LOG2E) * (logp_scale + entropy_scale * (d - mean_d))
     else:
         return exp2(tl.fma(u, k, -m) * LOG2E) * logp_scale
@@ -70,6 +70,7 @@ def _grad_kernel(
     KEEP_STRIDE_V: tl.constexpr,
     NARROWS: tl.constexpr,  # the output's elements are narrower than the tile's
     ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes
+    KEEP_ALIGNED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -80,7 +81,7 @@ def _grad_kernel(
     x_ptr = row_pointer(tile_ptr, row, tile_stride, ALIGNED)
     out_ptr = row_pointer(out_ptr, row, out_stride, ALIGNED)
     if keep_ptr is not None:
-        keep_ptr = row_pointer(keep_ptr, row, keep_stride, ALIGNED)
+        keep_ptr = row_pointer(keep_ptr, row, keep_stride, KEEP_ALIGNED)
     lanes = tl.arange(0, BLOCK_V)
     whole = n_cols // BLOCK_V * BLOCK_V
 
@@ -182,7 +183,8 @@ def grad_(
             vocab_start=vocab_start,
             ignore_index=ignore_index,
             NARROWS=out.itemsize < tile.itemsize,
-            ALIGNED=aligned(tile, out, arguments["keep_ptr"]),
+            ALIGNED=aligned(tile, out),
+            KEEP_ALIGNED=aligned(arguments["keep_ptr"]),
             BLOCK_V=config.block_v,
             NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,

@@ -41,8 +41,14 @@ def divide(a, b):
 
 
 @triton.jit
+def floored(d):
+    """d, but no lower than where exp is an exact 0 anyway: -inf becomes finite, so that 0 * d is 0; a NaN stays a NaN."""
+    return tl.maximum(d, -1.0e4, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def finite(u):
-    """u, but no lower than -1e25: -inf becomes finite, so that 0 * d is 0, and so is a sum of it; a NaN stays a NaN."""
+    """u, but no lower than -1e25: what is `floored` for d, for differences of two u, of which many are summed."""
     return tl.maximum(u, LEAST, propagate_nan=tl.PropagateNan.ALL)
 
 

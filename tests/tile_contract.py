@@ -361,6 +361,18 @@ def test_softcap_keeps_digits_near_zero_and_at_saturation(kernels, gen):
     assert (z / (5 * (tile[0].double() / 5).tanh()) - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 50.0}])
+def test_what_the_mask_removes_has_no_gradient_however_cold_the_row(kernels, gen, options):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
+    n = tile.shape[0]
+    keep = torch.rand(n, V, generator=gen).to(DEVICE) < 0.6
+    keep[torch.arange(n), labels - VOCAB_START] = True
+    transform = Transform(temperature=1e-6, keep_mask=keep, **options)
+    g = torch.full((n,), 1e5, device=DEVICE)  # as a loss scale makes it
+    ours = gradient(kernels, tile, labels, folded(kernels, tile, labels, transform), g, g, transform)
+    assert not ours[~keep].any() and ours.isfinite().all()
+
+
 def masked_rows(gen):
     tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
     tile = tile.repeat(2, 1)
