@@ -30,7 +30,7 @@ SITE, RESULTS = ROOT / "build" / "gpu", ROOT / "benchmarks" / "results"
 TABLES = {ROOT / "kernels" / "blocks.json": "kernels", ROOT / "entropy_po" / "dispatch.json": ""}
 # seconds; what a stage leaves goes to those after it
 STAGES = {
-    "build": 105, "triton": 35, "cuda": 20, "operators": 50, "tune": 85, "times": 145, "kernels": 65, "streams": 20, "sanitizer": 45
+    "build": 95, "triton": 30, "cuda": 20, "operators": 50, "tune": 85, "times": 145, "kernels": 65, "streams": 20, "sanitizer": 45
 }  # fmt: skip
 BACKENDS = ("triton", "cuda")
 NEEDED_BY = {"triton": "tune", "cuda": "sanitizer"}  # the stage that is about one alone
