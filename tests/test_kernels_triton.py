@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import sass
 import torch
@@ -66,7 +67,8 @@ if torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def gpu_arithmetic(request, monkeypatch):
-    """The interpreter rounds twice in an fma and truncates to bf16; GPUs round once, and to nearest."""
+    """The interpreter rounds twice in an fma and truncates to bf16; GPUs round once, and to nearest. And what LLVM makes of
+    a product that is added or subtracted, it makes here, too: an fma, also where a select lies between them."""
     if TOO_LATE and request.function.__name__ != "test_in_a_process_of_its_own":
         pytest.skip("Triton was imported to compile; test_in_a_process_of_its_own runs this test")
     if not INTERPRETED:
@@ -79,13 +81,44 @@ def gpu_arithmetic(request, monkeypatch):
             return convert(data, source, target, mode)
         return torch.from_numpy(data.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
 
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+
+    def wide(x):
+        return x.data.astype("float64" if x.data.dtype == "float32" else "longdouble")
+
+    def exact(x):
+        return getattr(x, "product", None)
+
     def fma(self, x, y, z):
-        wide = "float64" if x.data.dtype == "float32" else "longdouble"
-        exact = x.data.astype(wide) * y.data.astype(wide) + z.data.astype(wide)
-        return interpreter.TensorHandle(exact.astype(x.data.dtype), z.dtype.scalar)
+        return handle((wide(x) * wide(y) + wide(z)).astype(x.data.dtype), z.dtype.scalar)
+
+    def multiply(self, x, y):
+        made = self.binary_op(x, y, np.multiply)
+        made.product = wide(x) * wide(y)
+        return made
+
+    def select(self, condition, x, y):
+        made = self.ternary_op(condition, x, y, np.where)
+        if exact(x) is not None or exact(y) is not None:
+            made.product = np.where(condition.data, *(wide(z) if exact(z) is None else exact(z) for z in (x, y)))
+        return made
+
+    def contracted(operation):
+        def apply(self, x, y):
+            left, right = exact(x), exact(y) if exact(x) is None else None  # of two products one is fused
+            if left is None and right is None:
+                return self.binary_op(x, y, operation)
+            made = operation(wide(x) if left is None else left, wide(y) if right is None else right)
+            return handle(made.astype(x.data.dtype), x.dtype.scalar)
+
+        return apply
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+    monkeypatch.setattr(builder, "create_fma", fma)
+    monkeypatch.setattr(builder, "create_fmul", multiply)
+    monkeypatch.setattr(builder, "create_select", select)
+    monkeypatch.setattr(builder, "create_fadd", contracted(np.add))
+    monkeypatch.setattr(builder, "create_fsub", contracted(np.subtract))
 
 
 @pytest.mark.skipif(not TOO_LATE, reason="this process interprets Triton itself")
@@ -134,6 +167,16 @@ def test_a_row_of_nothing_but_the_least_number_has_no_statistics(kernels, gen):
     exact = tile[1, :10].double().log_softmax(-1)
     torch.testing.assert_close(stats.logps[1].double(), exact[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(stats.entropy[1].double(), -(exact.exp() * exact).sum(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU contracts or does not")
+@pytest.mark.parametrize("temperature", [0.7, 1.9])
+def test_a_common_offset_is_no_error_without_contraction_either(kernels, gen, temperature, monkeypatch):
+    for name, operation in (("create_fadd", np.add), ("create_fsub", np.subtract)):
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder, name, lambda self, x, y, op=operation: self.binary_op(x, y, op)
+        )
+    assert relative_error_at_an_offset(kernels, gen, temperature) < 2e-6
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU's fma cannot be taken apart")
