@@ -153,7 +153,8 @@ inline float rcp_approx(float x) { return off_by(1, float(1.0 / double(x)), x); 
 inline float max_or_nan(float a, float b) { return a != a ? a : b != b ? b : a < b ? b : a; }
 template <class T>
 T product(T a, T b) {
-  return a * b;
+  volatile T rounded = a * b;
+  return rounded;
 }
 
 enum cudaError_t { cudaSuccess = 0 };
