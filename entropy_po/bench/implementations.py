@@ -19,7 +19,7 @@ from entropy_po.ops.linear_preference_loss import linear_preference_loss
 from entropy_po.ops.linear_token_stats import linear_token_stats
 from entropy_po.ops.sequence_loss import SequenceBatch, sequence_loss
 from entropy_po.ops.token_stats import token_stats
-from entropy_po.tiles import BackendName, available_backends
+from entropy_po.tiles import BackendName, available_backends, chosen_by_tile
 from entropy_po.types import TokenStats
 
 Outputs = tuple[Tensor, ...]
@@ -31,9 +31,12 @@ RECOMPUTE, RESIDENT, DEFERRED, TORCH = (f"{OURS} {name}" for name in ("recompute
 
 def implementations(case: Case) -> dict[str, Implementation]:
     """Everything that a user would choose among for a case, by the name it has in tables; ours first."""
-    backends: Any = [name for name in available_backends()[torch.device(case.device).type] if name != "torch"]
+    device = torch.device(case.device).type
+    backends: Any = [name for name in available_backends()[device] if name != "torch"]
+    if not chosen_by_tile(device):
+        backends = backends[1:]  # the first is ours
     found: dict[str, Implementation] = {OURS: _ours}
-    found |= {f"{OURS} {name}": _with_backend(name) for name in backends[1:]}
+    found |= {f"{OURS} {name}": _with_backend(name) for name in backends}
     if case.path == "pair":
         found[RECOMPUTE] = partial(pair_loss, strategy="recompute")
     if case.path == "nll":
