@@ -30,6 +30,7 @@ from entropy_po.kernels.row_math import (
     moved,
     row_pointer,
     row_scales,
+    vectors,
     whole_block,
 )
 from entropy_po.types import Level, Transform
@@ -89,6 +90,7 @@ def _fold_kernel(
     KEEP_STRIDE_V: tl.constexpr,
     ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes
     KEEP_ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,  # n_cols is a multiple of 16
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,  # sums per row; a lane adds WIDTH neighbours at a time
     WIDTH: tl.constexpr,
@@ -132,9 +134,8 @@ def _fold_kernel(
         top, s, t, q, c, live = _fold_block(u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
     if whole < n_cols:
         offs_v = whole + tl.arange(0, BLOCK_V)
-        u, _ = at_columns(
-            x_ptr, bias_ptr, keep_ptr, offs_v, offs_v < n_cols, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
-        )
+        mask_v = offs_v < (vectors(n_cols) if EVEN else n_cols)
+        u, _ = at_columns(x_ptr, bias_ptr, keep_ptr, offs_v, mask_v, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
         top, s, t, q, c, live = _fold_block(u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
 
     # The tile's sums, relative to its largest u. Without a live entry they are 0, but for a NaN.
@@ -222,6 +223,7 @@ def fold_(
             LEVEL=int(level),
             ALIGNED=aligned(tile),
             KEEP_ALIGNED=aligned(arguments["keep_ptr"]),
+            EVEN=tile.shape[1] % 16 == 0,
             BLOCK_V=config.block_v,
             LANES=lanes,
             WIDTH=width,

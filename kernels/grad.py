@@ -25,6 +25,7 @@ from entropy_po.kernels.row_math import (
     floored,
     row_pointer,
     row_scales,
+    vectors,
     whole_block,
 )
 from entropy_po.types import Transform
@@ -71,6 +72,7 @@ def _grad_kernel(
     NARROWS: tl.constexpr,  # the output's elements are narrower than the tile's
     ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes
     KEEP_ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr,  # n_cols is a multiple of 16
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -101,7 +103,7 @@ def _grad_kernel(
         zeros = tl.zeros((BLOCK_V,), out_dtype)
         for col in range(0, whole, BLOCK_V):
             tl.store(out_ptr + (col + lanes), zeros)
-        tl.store(out_ptr + (whole + lanes), zeros, mask=whole + lanes < n_cols)
+        tl.store(out_ptr + (whole + lanes), zeros, mask=whole + lanes < (vectors(n_cols) if EVEN else n_cols))
         return
 
     mean_d = tl.full((), 0.0, dtype)
@@ -137,7 +139,7 @@ def _grad_kernel(
         tl.store(out_ptr + offs_v, (dz * slope).to(out_dtype))
     if whole < n_cols:
         offs_v = whole + lanes
-        mask_v = offs_v < n_cols
+        mask_v = offs_v < (vectors(n_cols) if EVEN else n_cols)
         u, slope = at_columns(x_ptr, bias_ptr, keep_ptr, offs_v, mask_v, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
         dz = _grad_block(u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY)
         if NARROWS:
@@ -185,6 +187,7 @@ def grad_(
             NARROWS=out.itemsize < tile.itemsize,
             ALIGNED=aligned(tile, out),
             KEEP_ALIGNED=aligned(arguments["keep_ptr"]),
+            EVEN=tile.shape[1] % 16 == 0,
             BLOCK_V=config.block_v,
             NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,

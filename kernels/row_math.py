@@ -142,6 +142,12 @@ def row_pointer(ptr, row, stride, ALIGNED: tl.constexpr):
     return ptr + offset
 
 
+@triton.jit
+def vectors(n_cols):
+    """A multiple of 16, told to the compiler: a mask by it leaves whole 16-byte loads and stores, by another single elements."""
+    return n_cols // 16 * 16
+
+
 # The logit transform of one row, z = k * u with k > 0: `transformed` makes u, and the kernels form z - m as fma(u, k, -m).
 #   without a softcap: u = x + bias,                              k = logit_scale / temperature
 #   with one:          u = tanh((x + bias) * logit_scale / cap),  k = cap / temperature
