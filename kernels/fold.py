@@ -1,8 +1,8 @@
 """fold: a tile of logits [n, v] into the row state, in one read.
 
-One program owns one row and walks its columns in blocks; sums stay per lane until the row ends, so that a block costs
-one reduction, its maximum. Traffic per row: its logits once, 28 to 72 bytes of label and state, which is read only where tiles
-of the row came before. Nothing is shared between programs.
+One program owns one row and walks its columns in blocks; a lane's sums, and the maximum that they are relative to, are its own
+until the row ends: no thread waits for another before. Traffic per row: its logits once, 28 to 72 bytes of label and state,
+which is read only where tiles of the row came before. Nothing is shared between programs.
 """
 
 from __future__ import annotations
