@@ -1,11 +1,14 @@
 """`make gpu-check` on a machine without a GPU: its stages, and the times on this device in place of that one."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -143,12 +146,12 @@ def test_cuda_goes_first_up_to_where_that_takes_least(costs, most):
 def test_two_streams_make_what_one_does():
     from benchmarks import gpu_streams
 
-    made = gpu_streams.runs(300, 32, 301, "cpu", workspace=256 * 4 * 301)
+    made = gpu_streams.runs(300, 32, 301, "cpu", "cpp", workspace=256 * 4 * 301)
     for run in made.values():
         run()
     one, two = (run.args for run in made.values())
-    assert (len(one[0]), len(two[0])) == (1, 2) and (one[1], two[1]) == (256, 128)
-    for ours, theirs in zip(two[2:], one[2:], strict=True):
+    assert (len(one[0]), len(two[0])) == (1, 2) and (one[2], two[2]) == (256, 128)
+    for ours, theirs in zip(two[3:], one[3:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
@@ -175,9 +178,9 @@ tried = gpu_tune.candidates("fold", torch.float32, gpu_tune.LaunchConfig(1, 1, 1
 assert len(tried) == 1 + len(gpu_tune.BLOCKS) and {{x.block_v for x in tried[1:7]}} == {{2048, 4096, 8192}}, tried
 gpu_tune.BLOCKS = gpu_tune.BLOCKS[:1]
 compiled = []
-gpu_tune.compile_all = lambda jobs: compiled.extend(jobs)
+gpu_tune.compile_all = lambda jobs, seconds: compiled.extend(jobs)
 sys.argv = ["gpu_tune"]
-gpu_tune.main()
+assert gpu_tune.main() == 0
 assert len(compiled) >= 4
 for job in compiled[:2]:
     gpu_tune.launch(job[0], job[2], *gpu_tune.problem(2, 300, job[1], "cpu"))[0]()
@@ -245,3 +248,17 @@ def test_times_are_kept_after_every_case(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "0"])
     assert gpu_times.main() == 1
     assert "not begun: 0 s were over" in capsys.readouterr().out
+
+
+def test_what_does_not_compile_costs_nothing_else(capsys, monkeypatch):
+    """A process that dies takes its pool along; the blocks are then compiled as they are timed."""
+    pytest.importorskip("triton")
+    from benchmarks import gpu_tune
+
+    monkeypatch.setattr(gpu_tune, "compile_one", os._exit)
+    gpu_tune.compile_all([(1,), (2,), (3,)], 60)
+    assert re.fullmatch(r"(\d) blocks compiled, \1 of them in vain, of 3\n", capsys.readouterr().out)
+    config = gpu_tune.LaunchConfig(1024, 4, 1)
+    monkeypatch.setattr(gpu_tune, "launch", lambda *args: (lambda: 1 / 0, 1))
+    monkeypatch.setattr(gpu_tune, "median_ms", mock.Mock(side_effect=RuntimeError("PassManager::run failed")))
+    assert gpu_tune.timed("fold", torch.float32, config, [()]) == math.inf

@@ -358,7 +358,7 @@ def test_softcap_keeps_digits_near_zero_and_at_saturation(kernels, gen):
     assert ((ours - truth).abs() / truth.abs()).max() < 2e-5
     tile = tile[:1].repeat(400, 1)
     z = folded(kernels, tile, torch.arange(400, device=DEVICE) + VOCAB_START, transform)[4].double()
-    assert (z / (5 * (tile[0].double() / 5).tanh()) - 1).abs().max() < 1e-6
+    assert (z / (5 * (tile[0].double() / 5).tanh()) - 1).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 50.0}])
