@@ -140,7 +140,8 @@ def test_solve_dual_binds_kl_on_the_support_of_the_reference(gen):
     min_reward = equal_reward_target(rewards, log_ref)
     padded_ref = torch.cat([log_ref, torch.tensor([-math.inf], dtype=torch.float64)])
     padded_rewards = torch.cat([rewards, rewards.max().reshape(1) + 1])
-    max_kl = 1.1 * least_kl(rewards, log_ref, min_reward)
+    least = least_kl(rewards, log_ref, min_reward)
+    max_kl = least + 0.5 * (solve_dual(rewards, log_ref, min_reward).kl - least)  # between what must and what would be
     inner, outer = (
         solve_dual(rewards, log_ref, min_reward, max_kl),
         solve_dual(padded_rewards, padded_ref, min_reward, max_kl),
