@@ -46,8 +46,9 @@ def rule(arch: str) -> Rule:
 
 def entry(kernel: Literal["fold", "grad"], tile: Tensor, out: Tensor | None = None) -> str:
     """What a tile's launch goes by in a rule: the kernel, the bytes of an element read and written, and whether rows are aligned."""
-    narrows = out is not None and out.itemsize < tile.itemsize
-    name = f"{kernel} {tile.itemsize}" + (f" into {out.itemsize}" if out is not None and narrows else "")
+    name = f"{kernel} {tile.itemsize}"
+    if out is not None and out.itemsize < tile.itemsize:
+        name += f" into {out.itemsize}"
     return name if aligned(tile, out) else f"{name} unaligned"
 
 

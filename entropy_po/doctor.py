@@ -48,9 +48,9 @@ def describe() -> dict[str, Any]:
 
     Returns:
         A dict of plain values: `install` (kind, path, commit or wheel tag), `backends` (device -> usable backends, the one
-        in use first), `dispatch` (architecture -> rule where a tile's shape decides between Triton and CUDA C++: the number of rows
-        up to which CUDA C++ goes first, None for any), `override` (what ENTROPY_PO_BACKEND names, or None), `unavailable` (backend -> reason), `problems`
-        (what this installation could not answer, and why), `cpu` (instruction sets, the one in use first; threads; the
+        in use first), `dispatch` (architecture -> rule where a tile's shape decides between Triton and CUDA C++: the number
+        of rows up to which CUDA C++ goes first, None for any), `override` (what ENTROPY_PO_BACKEND names, or None),
+        `unavailable` (backend -> reason), `problems` (what this installation could not answer, and why), `cpu` (instruction sets, the one in use first; threads; the
         OpenMP runtimes in the process, where the system tells; bytes of memory; of which operands the compiled core makes the
         products), `build` (with the CUDA architectures
         compiled in, or why none), `gpu` (torch's CUDA or HIP, the driver, the devices), `versions`, `platform`,

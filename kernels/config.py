@@ -1,4 +1,4 @@
-"""What a launch needs besides the kernel: block and warps, the transform's three scalars, alignment, the device."""
+"""What a launch needs besides the kernel: block, warps and lanes, and the transform's arguments."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LaunchConfig:
 # "default" serves what has no entry of its own. It takes 8 KiB of a row per block and four stages, so that 24 KiB are in
 # flight while a block is summed (but not in a gradient that narrows: a barrier in a loop keeps Triton from fetching ahead,
 # and other programs have to). A fold of bf16, which an H200 leaves 12 instructions per logit, takes 32 columns to a thread:
-# what is done once per block is then a tenth of it. resources.json has the registers, memory and instructions of each.
+# what is done once per block weighs less. resources.json has the registers, memory and instructions of each.
 # `python -m benchmarks.gpu_tune` times others and writes the entry of the device it runs on.
 BLOCKS = Path(__file__).with_name("blocks.json")
 

@@ -28,9 +28,9 @@ from entropy_po.kernels.row_math import (
     exp2,
     finite,
     moved,
+    row_end,
     row_pointer,
     row_scales,
-    vectors,
     whole_block,
 )
 from entropy_po.types import Level, Transform
@@ -134,7 +134,7 @@ def _fold_kernel(
         top, s, t, q, c, live = _fold_block(u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
     if whole < n_cols:
         offs_v = whole + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < (vectors(n_cols) if EVEN else n_cols)
+        mask_v = offs_v < row_end(n_cols, EVEN)
         u, _ = at_columns(x_ptr, bias_ptr, keep_ptr, offs_v, mask_v, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
         top, s, t, q, c, live = _fold_block(u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
 

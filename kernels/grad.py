@@ -23,9 +23,9 @@ from entropy_po.kernels.row_math import (
     divide,
     exp2,
     floored,
+    row_end,
     row_pointer,
     row_scales,
-    vectors,
     whole_block,
 )
 from entropy_po.types import Transform
@@ -103,7 +103,7 @@ def _grad_kernel(
         zeros = tl.zeros((BLOCK_V,), out_dtype)
         for col in range(0, whole, BLOCK_V):
             tl.store(out_ptr + (col + lanes), zeros)
-        tl.store(out_ptr + (whole + lanes), zeros, mask=whole + lanes < (vectors(n_cols) if EVEN else n_cols))
+        tl.store(out_ptr + (whole + lanes), zeros, mask=whole + lanes < row_end(n_cols, EVEN))
         return
 
     mean_d = tl.full((), 0.0, dtype)
@@ -139,7 +139,7 @@ def _grad_kernel(
         tl.store(out_ptr + offs_v, (dz * slope).to(out_dtype))
     if whole < n_cols:
         offs_v = whole + lanes
-        mask_v = offs_v < (vectors(n_cols) if EVEN else n_cols)
+        mask_v = offs_v < row_end(n_cols, EVEN)
         u, slope = at_columns(x_ptr, bias_ptr, keep_ptr, offs_v, mask_v, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
         dz = _grad_block(u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY)
         if NARROWS:

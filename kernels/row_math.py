@@ -143,9 +143,9 @@ def row_pointer(ptr, row, stride, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def vectors(n_cols):
-    """A multiple of 16, told to the compiler: a mask by it leaves whole 16-byte loads and stores, by another single elements."""
-    return n_cols // 16 * 16
+def row_end(n_cols, EVEN: tl.constexpr):
+    """n_cols; that it is a multiple of 16 is told to the compiler: a mask by it then leaves 16-byte loads and stores whole."""
+    return n_cols // 16 * 16 if EVEN else n_cols
 
 
 # The logit transform of one row, z = k * u with k > 0: `transformed` makes u, and the kernels form z - m as fma(u, k, -m).

@@ -24,8 +24,8 @@ def listing(text):
     return [(int(address, 16), what) for address, what in found]
 
 
-def hot_loop(instructions, *patterns):
-    """The instructions of the loop with the most of the first pattern, of the second where that is even, and so on; then the shortest."""
+def hot_loop(instructions, pattern):
+    """The instructions of the loop that has the pattern most often, the shortest of those."""
     loops = []
     at = {address: i for i, (address, _) in enumerate(instructions)}
     for end, (address, what) in enumerate(instructions):
@@ -33,7 +33,4 @@ def hot_loop(instructions, *patterns):
         if target and int(target[1], 16) < address:
             loops.append([instruction for _, instruction in instructions[at[int(target[1], 16)] : end + 1]])
 
-    def matches(loop):
-        return [sum(re.search(pattern, what) is not None for what in loop) for pattern in patterns]
-
-    return max(loops, key=lambda loop: (*matches(loop), -len(loop)))
+    return max(loops, key=lambda loop: (sum(re.search(pattern, what) is not None for what in loop), -len(loop)))

@@ -109,28 +109,27 @@ def sample_answers(
 
 def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """The token ids that the answers to user messages follow."""
-    texts, add_special_tokens = _prompt_texts(tokenizer, prompts)
-    end = int(add_special_tokens and adds_end_token(tokenizer))
+    texts, add_special_tokens, end = _prompt_texts(tokenizer, prompts)
     return [ids[: len(ids) - end] for ids in tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]]
 
 
 def _left_padded(tokenizer, prompts: Sequence[str]):
-    texts, add_special_tokens = _prompt_texts(tokenizer, prompts)
+    texts, add_special_tokens, end = _prompt_texts(tokenizer, prompts)
     encoded = tokenizer(
         texts, add_special_tokens=add_special_tokens, padding=True, padding_side="left", return_tensors="pt",
         return_token_type_ids=False,
     )  # fmt: skip
-    if add_special_tokens and adds_end_token(tokenizer):
-        encoded.update({name: column[:, :-1] for name, column in encoded.items()})
+    encoded.update({name: column[:, : column.shape[1] - end] for name, column in encoded.items()})
     return encoded
 
 
-def _prompt_texts(tokenizer, prompts: Sequence[str]) -> tuple[list[str], bool]:
-    """(texts, whether the tokenizer's own special tokens are to be added: a chat template brings them along)."""
+def _prompt_texts(tokenizer, prompts: Sequence[str]) -> tuple[list[str], bool, int]:
+    """(texts, whether the tokenizer's own special tokens are to be added: a chat template brings them along, how many of these
+    are to be taken off the end)."""
     if tokenizer.chat_template is None:
-        return list(prompts), True
+        return list(prompts), True, int(adds_end_token(tokenizer))
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False), False
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False), False, 0
 
 
 def end_tokens(model, tokenizer) -> list[int]:

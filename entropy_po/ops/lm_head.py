@@ -53,9 +53,8 @@ class LmHead:
         if hidden.device.type == "cpu":
             checks.check_values(labels, self.shards.total, self.ignore_index, options[0], options[3])
         self.kept: Tensor | None = None  # all rows, which costs nothing
-        if not _is_captured(
-            hidden.device
-        ):  # a graph that is replayed has other labels; kernels skip what is ignored, too
+        # a graph will be replayed with other labels; kernels skip what is ignored, too
+        if not _is_captured(hidden.device):
             kept = (labels != self.ignore_index).nonzero()[:, 0]
             self.kept = None if kept.numel() == labels.numel() else kept
         self.labels = labels.contiguous() if self.kept is None else labels[kept]

@@ -156,7 +156,7 @@ def sequence_loss(
         kept = slice(None) if head.kept is None else head.kept
         token_logps = stats.logps[kept]
         token_entropy: IfAsked = stats.entropy[kept] if "entropy" in outputs else None
-        exact = exact_logps(state)[kept]
+        exact = exact_logps(state[:, kept])
         everything = slice(0, head.num_kept), slice(0, len(seqs))
         batch = batches.of(*everything, token_logps, exact, token_entropy)
         loss = _checked(loss_fn(batch), stats.logps.requires_grad)
