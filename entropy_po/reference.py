@@ -104,7 +104,8 @@ def fold_(
     updated[1] = state[1] * factor + e.sum(-1)
     finite_shrink = shrink.masked_fill(shrink == -torch.inf, 0)
     if level >= Level.ENTROPY:
-        updated[2] = (state[2] + state[1] * finite_shrink) * factor + (e * finite_d).sum(-1)
+        moved = (state[2] + state[1] * finite_shrink) * factor  # of an infinity perhaps, where the factor is 0
+        updated[2] = moved.masked_fill(factor == 0, 0) + (e * finite_d).sum(-1)
     index = labels - vocab_start
     here = (index >= 0) & (index < tile.shape[1])
     label_z = z.gather(1, index.clamp(0, tile.shape[1] - 1)[:, None])[:, 0]

@@ -65,6 +65,11 @@ def launch_config(kernel: str, tile: Tensor, transform: Transform) -> LaunchConf
     return LaunchConfig(fitting, max(1, num_warps * fitting // block_v), num_stages)
 
 
+def compiler_options(hip: bool = torch.version.hip is not None) -> dict[str, bool]:
+    """Of a launch. Results below fp32's normal range are 0 then: AMD's exponential takes one instruction, and five with them."""
+    return {"allow_flush_denorm": True} if hip else {}
+
+
 def transform_arguments(tile: Tensor, transform: Transform) -> dict[str, object]:
     """The kernel arguments that describe the transform."""
     temperature = 1.0 if transform.row_temperature is not None else transform.temperature

@@ -15,18 +15,19 @@ from entropy_po.dispatch import aligned, on_device
 from entropy_po.kernels.config import (
     LaunchConfig,
     check_last_dim_contiguous,
+    compiler_options,
     launch_config,
     transform_arguments,
 )
 from entropy_po.kernels.row_math import (
-    LEAST,
     LEVEL_ENTROPY,
     LEVEL_EXTRAS,
     LOG2E,
+    LOWEST,
     MINUS_INF,
     at_columns,
     exp2,
-    finite,
+    floored,
     moved,
     row_end,
     row_pointer,
@@ -39,7 +40,7 @@ from entropy_po.types import Level, Transform
 @triton.jit
 def _fold_block(u, k2, top, s, t, q, c, live, LEVEL: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """Each lane takes what its own thread has loaded, so that nothing here waits for another thread."""
-    u = tl.reshape(finite(u), (u.shape[0] // (LANES * WIDTH), LANES, WIDTH))
+    u = tl.reshape(u, (u.shape[0] // (LANES * WIDTH), LANES, WIDTH))
     before = top
     top = tl.maximum(top, tl.max(tl.max(u, axis=2), axis=0))
     s, t, q, c = moved(before - top, exp2((before - top) * k2), s, t, q, c, live, LEVEL)
@@ -47,9 +48,9 @@ def _fold_block(u, k2, top, s, t, q, c, live, LEVEL: tl.constexpr, LANES: tl.con
     e = exp2(d * k2)
     s += _per_lane(e)
     if LEVEL >= LEVEL_ENTROPY:
-        t += _per_lane(e * d)
+        t += _per_lane(e * floored(d))
     if LEVEL >= LEVEL_EXTRAS:
-        alive = u != LEAST
+        alive = u != MINUS_INF  # a NaN is
         q += _per_lane(e * e)
         c += _per_lane(tl.where(alive, d, 0.0))
         live += _per_lane(tl.where(alive, 1.0, 0.0))
@@ -120,7 +121,7 @@ def _fold_kernel(
     k2 = k * LOG2E
 
     # A lane's sums are relative to its own largest u, and d is a difference of two u: (6) of README.md.
-    top = tl.full((LANES,), LEAST, dtype)
+    top = tl.full((LANES,), LOWEST, dtype)
     s = tl.zeros((LANES,), dtype)
     t = tl.zeros((LANES,), dtype)
     q = tl.zeros((LANES,), dtype)
@@ -141,10 +142,11 @@ def _fold_kernel(
     # The tile's sums, relative to its largest u. Without a live entry they are 0, but for a NaN.
     u_max = tl.max(top, axis=0)
     s, t, q, c = moved(top - u_max, exp2((top - u_max) * k2), s, t, q, c, live, LEVEL)
-    is_empty = u_max == LEAST
+    s = tl.sum(s, axis=0)
+    is_empty = (s == 0.0) | (u_max * k == MINUS_INF)
     weight = tl.where(is_empty, 0.0, 1.0)
-    s, t, q = tl.sum(s, axis=0) * weight, tl.sum(t, axis=0) * weight * k, tl.sum(q, axis=0) * weight
-    c, live = tl.sum(c, axis=0) * k, tl.sum(live, axis=0)
+    s, t, q = s * weight, tl.sum(t, axis=0) * weight * k, tl.sum(q, axis=0) * weight
+    c, live = tl.sum(c, axis=0) * weight * k, tl.sum(live, axis=0) * weight
 
     # And relative to m, the rounded product, of this tile or of earlier ones. As an fma, the difference has what that rounding
     # took; as a difference, it would be contracted into one without a word, and have it or not.
@@ -172,7 +174,6 @@ def _fold_kernel(
     index = label - vocab_start
     here = (index >= 0) & (index < n_cols)
     u, _ = at_columns(x_ptr, bias_ptr, keep_ptr, index, here, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
-    u = tl.where(u <= LEAST, MINUS_INF, u)  # as among the sums
     # spelled out: a module's constexpr is compared with itself at every launch, and a NaN has then changed
     old_label_d = tl.load(state_ptr + 3 * step, mask=old, other=float("nan"))
     old_label_z = tl.load(state_ptr + 4 * step, mask=old, other=float("nan"))
@@ -229,5 +230,6 @@ def fold_(
             WIDTH=width,
             NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,
+            **compiler_options(),
             **arguments,
         )

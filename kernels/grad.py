@@ -13,6 +13,7 @@ from entropy_po.dispatch import aligned, on_device
 from entropy_po.kernels.config import (
     LaunchConfig,
     check_last_dim_contiguous,
+    compiler_options,
     launch_config,
     transform_arguments,
 )
@@ -35,8 +36,8 @@ from entropy_po.types import Transform
 def _grad_block(u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY: tl.constexpr):
     """dz * chain of a block, (4) of README.md without the label's term."""
     if WANT_ENTROPY:
-        d = floored(tl.fma(u, k, -m))
-        return exp2(d * LOG2E) * (logp_scale + entropy_scale * (d - mean_d))
+        d = tl.fma(u, k, -m)
+        return exp2(d * LOG2E) * (logp_scale + entropy_scale * (floored(d) - mean_d))
     else:
         return exp2(tl.fma(u, k, -m) * LOG2E) * logp_scale
 
@@ -191,5 +192,6 @@ def grad_(
             BLOCK_V=config.block_v,
             NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,
+            **compiler_options(),
             **arguments,
         )

@@ -13,7 +13,8 @@ from entropy_po.types import Level
 LEVEL_ENTROPY = tl.constexpr(int(Level.ENTROPY))
 LEVEL_EXTRAS = tl.constexpr(int(Level.EXTRAS))
 MINUS_INF = tl.constexpr(float("-inf"))
-LEAST = tl.constexpr(-1e25)  # of `finite`
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # number of fp32
+FLOOR = tl.constexpr(-1e15)  # of d: its exp is an exact 0, and no scale of a gradient takes it to infinity
 LOG2E = tl.constexpr(1.44269504088896340736)
 
 # 2^d; one instruction on NVIDIA GPUs, where tl.exp2 has three more for results below the normal range of fp32.
@@ -42,14 +43,9 @@ def divide(a, b):
 
 @triton.jit
 def floored(d):
-    """d, but no lower than where exp is an exact 0 anyway: -inf becomes finite, so that 0 * d is 0; a NaN stays a NaN."""
-    return tl.maximum(d, -1.0e4, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def finite(u):
-    """u, but no lower than -1e25: what is `floored` for d, for differences of two u, of which many are summed."""
-    return tl.maximum(u, LEAST, propagate_nan=tl.PropagateNan.ALL)
+    """d where it multiplies exp(d): -inf becomes finite, so that 0 * d is 0, and so is s * d * 0. A NaN may become finite, too, but
+    its exp, which is taken of d itself, is one; a maximum that keeps a NaN takes three instructions on some GPUs."""
+    return tl.maximum(d, FLOOR)
 
 
 @triton.jit
@@ -98,20 +94,20 @@ def tanh_and_slope(v):
         return tl.where(v < 0.0, -magnitude, magnitude), 4.0 * e * inverse * inverse
     else:
         # e = exp(-2 v); past 2^60 nothing changes any more, and inf / inf would be NaN
-        e = exp2(tl.minimum(v * (-2.0 * LOG2E), 60.0, propagate_nan=tl.PropagateNan.ALL))
+        e = exp2(tl.minimum(v * (-2.0 * LOG2E), 60.0))
         inverse = divide_fast(1.0, 1.0 + e)
         # Below 0.3, where 1 - e cancels: v + v^3 p(v^2) with p at Chebyshev nodes, relative error 4.3e-8.
         w = v * v
         p = (w * -0.05113268 + 0.13323874) * w - 0.33333286
-        small = (v * w) * p + v
-        return tl.where(tl.abs(v) < 0.3, small, (1.0 - e) * inverse), 4.0 * e * inverse * inverse
+        small = (v * w) * p + v  # of a NaN, too, which `minimum` may drop
+        return tl.where(tl.abs(v) >= 0.3, (1.0 - e) * inverse, small), 4.0 * e * inverse * inverse
 
 
 @triton.jit
 def moved(delta, shrink, s, t, q, c, live, LEVEL: tl.constexpr):
     """The sums relative to another reference: the old one lies `delta` from it, in the unit of d, `shrink` is e^(z's part)."""
     if LEVEL >= LEVEL_ENTROPY:
-        t = (t + s * delta) * shrink
+        t = (t + s * floored(delta)) * shrink
     s = s * shrink
     if LEVEL >= LEVEL_EXTRAS:
         q = q * (shrink * shrink)

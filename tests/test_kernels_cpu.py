@@ -1,8 +1,9 @@
 """The C++ kernels of the CPU under the tests that the GPU's have to pass."""
 
 import pytest
+import torch
 from tile_contract import *  # noqa: F403
-from tile_contract import DEVICE, functions
+from tile_contract import DEVICE, functions, test_the_least_number_may_stand_for_minus_inf
 
 from entropy_po import tiles
 from entropy_po.tiles import Backend
@@ -16,3 +17,8 @@ pytestmark = [
 @pytest.fixture
 def kernels():
     return functions(Backend.CPP)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_least_number_is_no_trap_of_plain_torch_s_either(gen, order):
+    test_the_least_number_may_stand_for_minus_inf(functions(Backend.TORCH), gen, torch.float32, order, 1.0)

@@ -13,8 +13,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import assembly
 import pytest
-import sass
 import torch
 from cuda_on_host import build
 from tile_contract import *  # noqa: F403
@@ -263,7 +263,7 @@ def readable(mangled):
 def resources():
     """{arch: {kernel: {registers, shared, spilled}}} of the built module."""
     report, arch, name = {}, None, None
-    for line in sass.cuobjdump("-res-usage", tiles.compiled_core().__file__).splitlines():
+    for line in assembly.cuobjdump("-res-usage", tiles.compiled_core().__file__).splitlines():
         if found := re.match(r"arch = (sm_\d+)", line):
             arch = report.setdefault(found[1], {})
         elif found := re.match(r"\s*Function (\S+):", line):
@@ -278,8 +278,8 @@ def resources():
 def listings(arch):
     """{kernel: [(address, instruction)]} of the built module."""
     kernels = {}
-    for text in sass.cuobjdump("-sass", "-arch", arch, tiles.compiled_core().__file__).split("Function : ")[1:]:
-        kernels[readable(text.split("\n", 1)[0])] = sass.listing(text)
+    for text in assembly.cuobjdump("-sass", "-arch", arch, tiles.compiled_core().__file__).split("Function : ")[1:]:
+        kernels[readable(text.split("\n", 1)[0])] = assembly.listing(text)
     return kernels
 
 
@@ -317,7 +317,7 @@ def table():
     for arch, kernels in resources().items():
         code = listings(arch)
         for name, numbers in sorted(kernels.items()):
-            loop = {} if name.startswith(FEW_NUMBERS) else {"hot_loop": len(sass.hot_loop(code[name], WIDE_LOAD))}
+            loop = {} if name.startswith(FEW_NUMBERS) else {"hot_loop": len(assembly.hot_loop(code[name], WIDE_LOAD))}
             entry = {"registers": numbers["registers"], "shared": numbers["shared"], **loop}
             made["kernels"].setdefault(name, {})[arch] = entry
     return made
@@ -345,7 +345,7 @@ def test_hot_loops_have_several_16_byte_loads_on_their_way(arch):
         assert not any(re.search(r"\b(LDL|STL)\b", what) for _, what in listing), f"{name} uses local memory"
         if name.startswith(FEW_NUMBERS):
             continue
-        loop, in_flight = sass.hot_loop(listing, WIDE_LOAD), 4 if "plain" in name else 2
+        loop, in_flight = assembly.hot_loop(listing, WIDE_LOAD), 4 if "plain" in name else 2
         first_use = next(i for i, what in enumerate(loop) if "FFMA" in what or "DFMA" in what or "FMNMX" in what)
         assert sum(re.search(WIDE_LOAD, what) is not None for what in loop[:first_use]) == in_flight, (
             f"{name}: fewer loads before their first use"

@@ -410,6 +410,57 @@ def test_minus_inf_is_exactly_nothing_and_nan_spreads(kernels, gen):
     torch.testing.assert_close(ours[5:].double(), truth[5:], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_nan_spreads_under_a_softcap_and_an_infinity_is_the_cap(kernels, gen, dtype):
+    tile, labels = make_logits(gen, dtype, kinds=("wide",))
+    tile[0, 5], tile[1, 300] = torch.nan, torch.inf
+    transform, g = Transform(softcap=4.0), randn(gen, tile.shape[0], dtype=dtype)
+    state = folded(kernels, tile, labels, transform)
+    assert state[1:3, 0].isnan().all()
+    assert gradient(kernels, tile, labels, state, g, g, transform)[0].isnan().all()
+    tile[0, 5], tile[1, 300] = 0.0, 1e4
+    capped = folded(kernels, tile, labels, transform)
+    assert torch.equal(state[:, 1:], capped[:, 1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_least_number_may_stand_for_minus_inf(kernels, gen, dtype, order, temperature):
+    """As many mask with it: in one tile or in several, of which one has nothing else, in states that are merged, too. Only the
+    mean logit tells. And a row of nothing else is a row of equal logits, where a temperature does not make it -inf."""
+    tile, labels = make_logits(gen, dtype, kinds=("wide", "peaked"))
+    labels = labels.clamp(VOCAB_START + 200, VOCAB_START + 299)
+    least = torch.finfo(dtype).min if dtype != torch.float64 else torch.finfo(torch.float32).min
+    transform, g = Transform(temperature=temperature), randn(gen, tile.shape[0], dtype=state_dtype(dtype))
+    made = []
+    for value in (least, -torch.inf):
+        x = tile.clone()
+        x[:, :200], x[:, 300:], x[1, 201:] = value, value, value
+        labels[1] = VOCAB_START + 200
+        state = new_state(len(x), Level.EXTRAS, x)
+        parts = [slice(0, 140), slice(140, 310), slice(310, V)][::order]
+        for cols in parts:
+            folded(kernels, x[:, cols], labels, transform, vocab_start=VOCAB_START + cols.start, state=state)
+        apart = [folded(kernels, x[:, cols], labels, transform, vocab_start=VOCAB_START + cols.start) for cols in parts]
+        states = [
+            state,
+            merge_states(torch.stack(apart), torch.ones_like(labels)),
+            folded(kernels, x, labels, transform),
+        ]
+        made.append([stats._replace(mean_logit=None) for stats in (stats_from_state(state, STATS) for state in states)])
+        made[-1] = [value for stats in made[-1] for value in stats if value is not None]
+        made[-1] += [gradient(kernels, x, labels, state, g, g, transform) for state in states]
+    for ours, theirs in zip(*made, strict=True):
+        assert torch.equal(ours, theirs) and (ours.dtype == torch.bool or ours.isfinite().all())
+    if temperature >= 1.0:
+        x = torch.full_like(tile, least)
+        stats = stats_from_state(folded(kernels, x, labels, transform), STATS)
+        uniform = torch.full_like(stats.entropy, V).log()
+        torch.testing.assert_close(stats.entropy, uniform, rtol=1e-6, atol=0)
+        torch.testing.assert_close(stats.logps, -uniform, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_what_the_mask_removes_may_be_nan(kernels, gen, softcap):
     tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
