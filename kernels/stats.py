@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_po.dispatch import on_device
+from entropy_po.kernels.config import compiler_options
 from entropy_po.types import TokenStats
 
 BLOCK_ROWS = 128
@@ -70,5 +71,10 @@ def stats_(
         pointers["is_top1_ptr"] = outputs.is_top1.view(torch.uint8)
     with on_device(state):
         _stats_kernel[(triton.cdiv(n, BLOCK_ROWS),)](
-            state_ptr=state, n_rows=n, state_stride=state.stride(0), BLOCK_ROWS=BLOCK_ROWS, **pointers
+            state_ptr=state,
+            n_rows=n,
+            state_stride=state.stride(0),
+            BLOCK_ROWS=BLOCK_ROWS,
+            **compiler_options(),
+            **pointers,
         )

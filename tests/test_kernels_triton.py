@@ -433,6 +433,7 @@ def compiled(which, tmp_path):
     command = [sys.executable, __file__, which]
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-8000:]
+    assert "Warning" not in run.stderr, run.stderr  # a user would read it
     return json.loads(run.stdout.splitlines()[-1])
 
 
