@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from entropy_po.bench.implementations import OURS, RECOMPUTE
-from entropy_po.plan import DEFAULT_CPU_SEQUENCE_WORKSPACE, DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE
+from entropy_po.plan import DEFAULT_CPU_SEQUENCE_WORKSPACE, DEFAULT_CPU_WORKSPACE, DEFAULT_GPU_WORKSPACE
 
 CUDA_SHAPE = 8192, 151936  # tokens, words
 MEMORY_BAR = DEFAULT_CPU_SEQUENCE_WORKSPACE + (32 << 20)  # bytes of a pair's loss beside inputs and gradients
@@ -108,7 +108,7 @@ def _memory(rows: list[dict], on_cpu: bool) -> Iterator[Bar]:
     for row in (row for row in rows if row["who"] == OURS and "error" not in row and "sizes" not in row):
         if row["path"] == "hidden":
             name = f"linear_token_stats, {row['case']}: peak beside gradients and outputs, MiB"
-            budget = DEFAULT_CPU_WORKSPACE if on_cpu else DEFAULT_CUDA_WORKSPACE
+            budget = DEFAULT_CPU_WORKSPACE if on_cpu else DEFAULT_GPU_WORKSPACE
             # per row 7 fp32 of state and outputs, and two upstream gradients
             yield Bar(name, (beside(row) - row["n"] * 4 * 9) / 2**20, 1.1 * (budget >> 20))
         elif on_cpu:

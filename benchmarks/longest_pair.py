@@ -24,7 +24,7 @@ def table(budgets: list[int]) -> str:
         "",
         f"`python -m benchmarks.longest_pair`: arithmetic for D {D}, V {V}, bf16, a trained head. Memory is what the loss",
         "adds to hidden states and weight, forward and backward; the model behind them needs its own. Ours is counted with a tile",
-        f"of {MIN_TILE_ROWS['cuda']:,} rows, which `workspace_bytes` sets; the default takes a quarter of the free memory. Tokens are those of",
+        f"of {MIN_TILE_ROWS['gpu']:,} rows, which `workspace_bytes` sets; the default takes a quarter of the free memory. Tokens are those of",
         "chosen and rejected answer together. A peer is counted by the largest tensors its code holds at once, so its",
         "length is an upper bound.",
         "",

@@ -137,7 +137,7 @@ def self_check() -> list[dict[str, Any]]:
     checks = []
     for name, operator, truth, x, gradient_bound in cases:
         true = _with_gradient(truth, x.double(), labels)
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for device in (d for d in tiles.BACKENDS_BY_DEVICE if d == "cpu" or torch.get_device_module(d).is_available()):
             for backend in (b.value for b in tiles.BACKENDS_BY_DEVICE[device]):
                 check: dict[str, Any] = {"device": device, "backend": backend, "operator": name}
                 try:
@@ -239,8 +239,12 @@ def _gpu() -> dict[str, Any]:
         "torch_hip": torch.version.hip,
         "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
         "devices": [
-            {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory}
+            {"type": "cuda", "name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory}
             for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        ]
+        + [
+            {"type": "xpu", "name": p.name, "capability": f"driver {p.driver_version}", "memory": p.total_memory}
+            for p in map(torch.xpu.get_device_properties, range(torch.xpu.device_count()))
         ],
     }
 
@@ -270,7 +274,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     lines.append("  ".join(["  installed as", *filter(None, [install.get("kind"), *origin]), install.get("path", "?")]))
     lines += [f"  PROBLEM {problem}" for problem in report["problems"]]
     for device, backends in report["backends"].items():
-        in_use = backends[0] if device != "cuda" or gpu["devices"] else "no device here"
+        in_use = backends[0] if device in ["cpu", *(d["type"] for d in gpu["devices"])] else "no device here"
         lines.append(f"  {device:5} {in_use}" + (f"  (also {', '.join(backends[1:])})" if len(backends) > 1 else ""))
     for arch, rule in report["dispatch"].items() if gpu["devices"] else ():
         for most in dict.fromkeys(rule.values()):

@@ -10,11 +10,16 @@ from typing import Literal, NamedTuple, get_args
 
 # On a CPU, 64 MiB take 1 to 4 % less time than 32; beyond, pages cost what larger tiles save. A GPU's products want thousands
 # of rows and columns.
-DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE = 64 << 20, 1 << 30
+DEFAULT_CPU_WORKSPACE, DEFAULT_GPU_WORKSPACE = 64 << 20, 1 << 30
 MIN_TILE_SIDE = 16  # a narrower tile is a matrix-vector product: the budget is refused instead
 # Matrix products work on so many rows at a time, and as long on fewer: the compiled core's 12; 128 on a GPU.
-ROW_BLOCK = {"cpu": 12, "cuda": 128}
+ROW_BLOCK = {"cpu": 12, "gpu": 128}
 COL_BLOCK = 64  # then rows stay aligned
+
+
+def kind_of(device_type: str) -> Literal["cpu", "gpu"]:
+    """Whose numbers a device goes by."""
+    return "cpu" if device_type == "cpu" else "gpu"
 
 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -30,7 +35,7 @@ def even_size(length: int, most: int, block: int) -> int:
 
 def row_slices(start: int, stop: int, most: int, device_type: str) -> Iterator[slice]:
     """Rows start .. stop in tiles of such a size."""
-    return slices(start, stop, even_size(stop - start, most, ROW_BLOCK[device_type]))
+    return slices(start, stop, even_size(stop - start, most, ROW_BLOCK[kind_of(device_type)]))
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def plan_tiles(
         elif cols == v:
             rows = _largest(lambda k: fits(k, cols), n)
         # equal tiles instead of full ones and a sliver
-        rows, cols = even_size(n, rows, ROW_BLOCK[device_type]), even_size(v, cols, COL_BLOCK)
+        rows, cols = even_size(n, rows, ROW_BLOCK[kind_of(device_type)]), even_size(v, cols, COL_BLOCK)
     return TilePlan(n, v, rows, cols, needed(rows, cols))
 
 
@@ -128,11 +133,11 @@ def _largest(fits: Callable[[int], bool], upper: int) -> int:
 Strategy = Literal["auto", "resident", "deferred", "recompute"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 DEFAULT_CPU_SEQUENCE_WORKSPACE = 256 << 20
-CUDA_WORKSPACE_SHARE = 0.25  # of the memory that is free when the call begins
+GPU_WORKSPACE_SHARE = 0.25  # of the memory that is free when the call begins
 # A tile of few rows reads the weight twice, and reads and writes the sum of dW, for little arithmetic; computing the logits
 # again in square tiles costs one product more. On a CPU the two are even below 100 rows (`python -m benchmarks.tile_rows`);
 # the GPU's number is an estimate from its FLOPs per byte.
-MIN_TILE_ROWS = {"cpu": 100, "cuda": 1024}
+MIN_TILE_ROWS = {"cpu": 100, "gpu": 1024}
 
 
 class Choice(NamedTuple):
@@ -257,7 +262,7 @@ def plan_sequences(
     num_long = len(sizes) if strategy == "deferred" else sum(size > rows for size in sizes)
     extra = v * d * element if trained and strategy != "resident" and num_long > (0 if anchored else 1) else 0
     rows, _ = held(beside=extra)
-    enough = min(MIN_TILE_ROWS[device_type], max(sum(lengths), 1))
+    enough = min(MIN_TILE_ROWS[kind_of(device_type)], max(sum(lengths), 1))
     name, why = strategy, _BY_NAME
     if not wanted:
         name, why = "recompute", _NO_GRADIENT

@@ -43,7 +43,8 @@ class Backend(str, Enum):
 # Where both of CUDA's are usable and none is named, each tile has its own (dispatch.py).
 BACKENDS_BY_DEVICE = {
     "cpu": (Backend.CPP, Backend.TORCH),
-    "cuda": (Backend.TRITON, Backend.CUDA, Backend.TORCH),
+    "cuda": (Backend.TRITON, Backend.CUDA, Backend.TORCH),  # AMD's GPUs, too
+    "xpu": (Backend.TRITON, Backend.TORCH),  # Intel's
 }
 # Names the backend that goes first on the devices it serves: for comparing backends, and for when one of them fails. A
 # result changes by rounding only, and a call's own `backend=` comes before it.

@@ -4,10 +4,13 @@ import math
 import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entropy_po.ops.sequences import default_workspace
 from entropy_po.plan import (
+    DEFAULT_GPU_WORKSPACE,
     MIN_TILE_SIDE,
     ROW_BLOCK,
     _largest,
@@ -112,7 +115,8 @@ def test_even_pieces_are_the_fewest_and_in_whole_blocks_where_those_fit(length, 
 def test_tiles_of_rows_are_whole_blocks_of_the_device():
     """2 x 512 tokens at V 151936, D 1024 in 256 MiB: 86 blocks of 12 rows, where three even tiles would take 87."""
     assert [part.stop - part.start for part in row_slices(0, 1024, 435, "cpu")] == [348, 348, 328]
-    assert [part.stop - part.start for part in row_slices(100, 1124, 435, "cuda")] == [384, 384, 256]
+    for gpu in ("cuda", "xpu"):
+        assert [part.stop - part.start for part in row_slices(100, 1124, 435, gpu)] == [384, 384, 256]
     assert list(row_slices(7, 7, 435, "cpu")) == []
 
 
@@ -122,6 +126,18 @@ def test_the_bisection_finds_the_last_that_fits(upper, limit):
 
 
 # --- losses over sequences
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "xpu"])
+def test_a_gpu_s_default_is_a_share_of_what_is_free(device_type, monkeypatch):
+    """Of what torch's allocator has in reserve, too; made-up numbers, by the functions that torch has for either kind."""
+    module = torch.get_device_module(device_type)
+    monkeypatch.setattr(module, "mem_get_info", lambda device: (40 << 30, 80 << 30))
+    monkeypatch.setattr(module, "memory_reserved", lambda device: 30 << 30)
+    monkeypatch.setattr(module, "memory_allocated", lambda device: 10 << 30)
+    device = torch.device(device_type, 0)
+    assert default_workspace(device, any_shape=False) == 15 << 30
+    assert default_workspace(device, any_shape=True) == DEFAULT_GPU_WORKSPACE
 
 
 @given(

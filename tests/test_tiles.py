@@ -312,6 +312,15 @@ def test_unknown_backend_and_isa_say_what_there_is():
             folded(torch.randn(1, 4), torch.tensor([0]), Transform(), Level.LOGPS, "cpp", "sse9")
 
 
+def test_intels_gpus_are_triton_s():
+    reason = tiles.unavailable_reason(Backend.TRITON)
+    assert tiles.candidates_for("xpu") == (Backend.TRITON, Backend.TORCH) and not tiles.chosen_by_tile("xpu")
+    if reason is None:
+        assert tiles.resolve_backend(None, torch.device("xpu")) is Backend.TRITON
+    with pytest.raises(NotImplementedError, match="does not serve device 'xpu'"):
+        tiles.resolve_backend("cpp", torch.device("xpu"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not ISAS or "x86" not in ISAS[0][1], reason="needs x86-64-v3 or later")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

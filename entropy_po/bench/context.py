@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from entropy_po.plan import MIN_TILE_ROWS
+from entropy_po.plan import MIN_TILE_ROWS, kind_of
 
 GIB = 1 << 30
 
@@ -25,7 +25,7 @@ def needs(d: int, v: int, element: int = 2, trained: bool = True, device: str = 
     """What each implementation needs for hidden size `d`, `v` words and inputs of `element` bytes."""
     sums = 4 if element < 4 else 0  # half-precision gradients are summed in fp32 first
     weight = (sums + element) * v * d if trained else 0
-    tile = 4 * MIN_TILE_ROWS[device] * (v + 2 * d)  # the smallest that `auto` takes
+    tile = 4 * MIN_TILE_ROWS[kind_of(device)] * (v + 2 * d)  # the smallest that `auto` takes
     dweight = "; dW" if trained else ""
     return {
         "entropy_po, 3 products" if trained else "entropy_po, 2 products": Need(

@@ -41,7 +41,7 @@ def check_loaded(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is on the meta device, which holds no values; load it first.")
     if tensor.device.type not in BACKENDS_BY_DEVICE:
         raise ValueError(
-            f"{name} is on {tensor.device}, which these operators do not serve; move it to a CPU or a CUDA or ROCm GPU."
+            f"{name} is on {tensor.device}, which these operators do not serve; move it to a CPU or a CUDA, ROCm or XPU GPU."
         )
 
 

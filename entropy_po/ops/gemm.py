@@ -1,6 +1,6 @@
 """The three matrix products of the hidden path, with tile values in fp32 whatever the operands are.
 
-A bf16 product would round the logits to 8 bits (error 3e-2 at |z| = 10), which biases the entropy. So CUDA is asked for
+A bf16 product would round the logits to 8 bits (error 3e-2 at |z| = 10), which biases the entropy. So a GPU is asked for
 fp32 results; and on a CPU, where torch has no such product, bf16 operands go to the compiled core's on AVX512_BF16, or
 are copied to fp32 tile by tile, which the matrix library then multiplies in its bf16 mode where it has one (AMX).
 
@@ -225,7 +225,7 @@ def gradient_tile(tile: Tensor, dtype: torch.dtype) -> Tensor:
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch: Scratch) -> None:
     """total (+)= left @ right. `total` of the operands' dtype takes one product; sums of several are kept in fp32.
 
-    CUDA and the compiled core add bf16 products in fp32. Elsewhere each is rounded once, as any bf16 GEMM's result is,
+    GPUs and the compiled core add bf16 products in fp32. Elsewhere each is rounded once, as any bf16 GEMM's result is,
     before it is added.
     """
     compiled = _is_compiled(left, right)
@@ -239,7 +239,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch
             total.addmm_(left, right)
         return
     # torch has it for fp32 results of narrow operands alone
-    if left.device.type == "cuda" and left.dtype == torch.bfloat16:
+    if left.device.type != "cpu" and left.dtype == torch.bfloat16:
         if first:
             torch.mm(left, right, out_dtype=total.dtype, out=total)
         else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from entropy_po.ops import checks, gemm, parallel, schema, sequences
 from entropy_po.ops.gemm import Operand
 from entropy_po.ops.lm_head import HiddenSum, LmHead
-from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_CUDA_WORKSPACE, TilePlan, plan_tiles
+from entropy_po.plan import DEFAULT_CPU_WORKSPACE, DEFAULT_GPU_WORKSPACE, TilePlan, plan_tiles
 from entropy_po.types import Level, OutputName, TokenStats, state_memory
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def linear_token_stats(
         hidden_states, weight, labels, bias, temperature, softcap, logit_scale, keep_mask, workspace_bytes
     )
     if workspace_bytes is None:
-        workspace_bytes = DEFAULT_CUDA_WORKSPACE if hidden_states.is_cuda else DEFAULT_CPU_WORKSPACE
+        workspace_bytes = DEFAULT_CPU_WORKSPACE if hidden_states.device.type == "cpu" else DEFAULT_GPU_WORKSPACE
     only_logps = "logps" in outputs and not ("entropy" in outputs and expect_entropy_grad)
     ahead = only_logps and vocab_group is None and _only_hidden_states(hidden_states, weight, bias)
     options = schema.flat_options(transform, ignore_index, outputs, backend, vocab_group)
@@ -139,8 +139,9 @@ def _only_hidden_states(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def _plan(head: LmHead, workspace_bytes: int, frozen: bool = False) -> TilePlan:
+    on_cpu = head.hidden.device.type == "cpu"
     # Where a row is cut shows in its last bits: deterministic mode cuts it on a CPU as if it were always among as many rows.
-    deterministic = torch.are_deterministic_algorithms_enabled() and not head.hidden.is_cuda
+    deterministic = torch.are_deterministic_algorithms_enabled() and on_cpu
     rows = DETERMINISTIC_ROWS if deterministic else head.num_kept
     plan = plan_tiles(
         rows,
@@ -148,7 +149,7 @@ def _plan(head: LmHead, workspace_bytes: int, frozen: bool = False) -> TilePlan:
         head.dim,
         element=head.arithmetic.itemsize,
         operand_copies=head.operand_copies,
-        workspace_bytes=workspace_bytes if head.hidden.is_cuda else min(workspace_bytes, DEFAULT_CPU_WORKSPACE),
+        workspace_bytes=min(workspace_bytes, DEFAULT_CPU_WORKSPACE) if on_cpu else workspace_bytes,
         frozen=frozen and not deterministic,
         device_type=head.hidden.device.type,
     )
@@ -253,7 +254,7 @@ def fold_and_gradient(head: LmHead, workspace_bytes: int) -> tuple[Tensor, Hidde
             so_far[0], so_far[1] = part[0], part[1].sign()  # exp(z - m) / 1; a row without a live entry yet stays empty
             gradient = head.grad_(tile, rows, cols, so_far, ones, None)
             if before is not None and (
-                head.hidden.is_cuda or not torch.equal(before, part[0])
+                head.hidden.device.type != "cpu" or not torch.equal(before, part[0])
             ):  # on a GPU, to look would be to wait
                 total *= _moved(before, part[0])[:, None]
             head.add_product(total, gradient, weight, cols.start == 0)

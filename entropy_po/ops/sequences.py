@@ -15,10 +15,10 @@ from entropy_po.ops.gemm import Operand
 from entropy_po.ops.lm_head import HiddenSum, LmHead
 from entropy_po.ops.parallel import Ranks
 from entropy_po.plan import (
-    CUDA_WORKSPACE_SHARE,
     DEFAULT_CPU_SEQUENCE_WORKSPACE,
     DEFAULT_CPU_WORKSPACE,
-    DEFAULT_CUDA_WORKSPACE,
+    DEFAULT_GPU_WORKSPACE,
+    GPU_WORKSPACE_SHARE,
     MIN_TILE_SIDE,
     Choice,
     SequencePlan,
@@ -32,17 +32,18 @@ logger = logging.getLogger("entropy_po")
 _logged: set[tuple[int, int]] = set()
 
 # More saves no time, and a backward that makes logits again may find less memory than the forward did.
-ANY_SHAPE_WORKSPACE = {"cpu": DEFAULT_CPU_WORKSPACE, "cuda": DEFAULT_CUDA_WORKSPACE}
+ANY_SHAPE_WORKSPACE = {"cpu": DEFAULT_CPU_WORKSPACE, "gpu": DEFAULT_GPU_WORKSPACE}
 
 
 def default_workspace(device: torch.device, any_shape: bool) -> int:
     """For tiles of whole rows 256 MiB on a CPU; on a GPU a quarter of the memory that is free there now, of what torch's allocator has
     in reserve too: in training that is where most of it is. For tiles of any shape at most `ANY_SHAPE_WORKSPACE`."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return ANY_SHAPE_WORKSPACE["cpu"] if any_shape else DEFAULT_CPU_SEQUENCE_WORKSPACE
-    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    share = int(CUDA_WORKSPACE_SHARE * (torch.cuda.mem_get_info(device)[0] + reserve))
-    return min(share, ANY_SHAPE_WORKSPACE["cuda"]) if any_shape else share
+    memory = torch.get_device_module(device)
+    reserve = memory.memory_reserved(device) - memory.memory_allocated(device)
+    share = int(GPU_WORKSPACE_SHARE * (memory.mem_get_info(device)[0] + reserve))
+    return min(share, ANY_SHAPE_WORKSPACE["gpu"]) if any_shape else share
 
 
 class Sequences:
@@ -371,7 +372,7 @@ def scale_rows(x: Tensor, factors: Tensor, out: Tensor) -> None:
 
 def few_rows(x: Tensor) -> Iterator[slice]:
     """The rows of `x` [n, ...], some megabytes at a time: an expression's temporaries are never as large as it is."""
-    elements = 1 << (24 if x.is_cuda else 20)
+    elements = 1 << (20 if x.device.type == "cpu" else 24)
     return slices(0, len(x), max(1, elements // max(x[:1].numel(), 1)))
 
 

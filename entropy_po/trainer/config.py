@@ -121,7 +121,7 @@ class TrainingConfig(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = 1e-6 if self.lora_r is None else ADAPTER_RATE
         if not torch.cuda.is_available():
-            # The operators serve no other accelerator; and transformers refuses bf16 and warns about pinned memory where it was
+            # No other accelerator has been trained on; and transformers refuses bf16 and warns about pinned memory where it was
             # not told that the CPU is meant.
             self.use_cpu = True
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # `accelerate launch` was told, or has its own
