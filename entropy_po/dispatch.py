@@ -1,8 +1,9 @@
 """Which of the two GPU backends computes a tile where both are there: CUDA C++ or Triton, by kernel, dtype and shape.
 
 The rule is dispatch.json, by architecture: up to how many rows of a tile CUDA C++ goes first, null for any number. It shares a row
-among blocks where Triton has one program for each, and so leaves most of a GPU idle at few rows; and it reads 16 bytes at once of
-rows that begin anywhere, where Triton reads element by element. "default" follows from that alone, by counting;
+among blocks where Triton has one program for each, and so leaves most of a GPU idle at few rows; and the edges of rows that begin
+anywhere cost it less: Triton takes a block more for them, or reads element by element where the tensor itself begins so. "default"
+follows from that alone, by counting;
 `python -m benchmarks.gpu_tune` measures, and writes the entry of the device it runs on.
 """
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_po.dispatch import architecture
+from entropy_po.dispatch import aligned, architecture
 from entropy_po.types import Transform
 
 
@@ -63,6 +63,15 @@ def launch_config(kernel: str, tile: Tensor, transform: Transform) -> LaunchConf
     block_v, num_warps, num_stages = found[str(min(triton.next_power_of_2(read), 16))]
     fitting = min(triton.next_power_of_2(tile.shape[1]), block_v)
     return LaunchConfig(fitting, max(1, num_warps * fitting // block_v), num_stages)
+
+
+def alignment(tile: Tensor, out: Tensor, keep: Tensor | None) -> dict[str, bool]:
+    """What a kernel may take for granted of where rows begin and end; edges must be the same columns of the tile and the output."""
+    rows = aligned(tile, out)
+    alike = tile.itemsize == out.itemsize and (tile.stride(0) - out.stride(0)) * tile.itemsize % 16 == 0
+    starts = rows or (alike and tile.data_ptr() % 16 == out.data_ptr() % 16 == 0)
+    has_edges = starts and not (rows and tile.shape[1] % 16 == 0)
+    return {"ALIGNED": starts, "HAS_EDGES": has_edges, "KEEP_ALIGNED": aligned(keep) and not has_edges}
 
 
 def compiler_options(hip: bool = torch.version.hip is not None) -> dict[str, bool]:

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_po.dispatch import aligned, on_device
+from entropy_po.dispatch import on_device
 from entropy_po.kernels.config import (
     LaunchConfig,
+    alignment,
     check_last_dim_contiguous,
     compiler_options,
     launch_config,
@@ -26,10 +27,13 @@ from entropy_po.kernels.row_math import (
     LOWEST,
     MINUS_INF,
     at_columns,
+    before_boundary,
+    body_end,
+    edge_columns,
     exp2,
     floored,
+    from_boundary,
     moved,
-    row_end,
     row_pointer,
     row_scales,
     whole_block,
@@ -89,9 +93,9 @@ def _fold_kernel(
     LEVEL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     KEEP_STRIDE_V: tl.constexpr,
-    ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes
+    ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes and have a multiple of 16 columns,
+    HAS_EDGES: tl.constexpr,  # but for their edges
     KEEP_ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,  # n_cols is a multiple of 16
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,  # sums per row; a lane adds WIDTH neighbours at a time
     WIDTH: tl.constexpr,
@@ -114,7 +118,7 @@ def _fold_kernel(
             tl.store(state_ptr + 7 * step, 1.0, mask=first != 0)
         return
     dtype: tl.constexpr = state_ptr.dtype.element_ty
-    x_ptr = row_pointer(tile_ptr, row, tile_stride, ALIGNED)
+    x_ptr = row_pointer(tile_ptr, row, tile_stride, ALIGNED and not HAS_EDGES)
     if keep_ptr is not None:
         keep_ptr = row_pointer(keep_ptr, row, keep_stride, KEEP_ALIGNED)
     k, slope_scale = row_scales(k, slope_scale, row_temperature_ptr, row, dtype)
@@ -127,17 +131,32 @@ def _fold_kernel(
     q = tl.zeros((LANES,), dtype)
     c = tl.zeros((LANES,), dtype)
     live = tl.zeros((LANES,), dtype)
-    whole = n_cols // BLOCK_V * BLOCK_V
+    x_body, bias_body, keep_body, n_body = x_ptr, bias_ptr, keep_ptr, n_cols
+    if HAS_EDGES:
+        head = before_boundary(tile_ptr, row, tile_stride)
+        n_body = tl.maximum(n_cols - head, 0) // 16 * 16
+        x_body = from_boundary(tile_ptr, row, tile_stride, head)
+        if bias_ptr is not None:
+            bias_body += head
+        if keep_ptr is not None:
+            keep_body += head * KEEP_STRIDE_V
+    whole = n_body // BLOCK_V * BLOCK_V
     for col in tl.range(0, whole, BLOCK_V, num_stages=NUM_STAGES):
         u, _ = whole_block(
-            x_ptr, bias_ptr, keep_ptr, col, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, BLOCK_V, ALIGNED, dtype
+            x_body, bias_body, keep_body, col, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, BLOCK_V, ALIGNED, dtype
         )
         top, s, t, q, c, live = _fold_block(u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
-    if whole < n_cols:
+    if whole < n_body:
         offs_v = whole + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < row_end(n_cols, EVEN)
-        u, _ = at_columns(x_ptr, bias_ptr, keep_ptr, offs_v, mask_v, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
+        mask_v = offs_v < body_end(n_body, ALIGNED)
+        u, _ = at_columns(x_body, bias_body, keep_body, offs_v, mask_v, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
         top, s, t, q, c, live = _fold_block(u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
+    if HAS_EDGES:  # last, so that the loop's sums lie where its loads leave them
+        edge_v = edge_columns(tl.arange(0, LANES * WIDTH), head, n_body)
+        edge_u, _ = at_columns(
+            x_ptr, bias_ptr, keep_ptr, edge_v, edge_v < n_cols, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
+        )
+        top, s, t, q, c, live = _fold_block(edge_u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
 
     # The tile's sums, relative to its largest u. Without a live entry they are 0, but for a NaN.
     u_max = tl.max(top, axis=0)
@@ -222,9 +241,7 @@ def fold_(
             ignore_index=ignore_index,
             first=int(first),
             LEVEL=int(level),
-            ALIGNED=aligned(tile),
-            KEEP_ALIGNED=aligned(arguments["keep_ptr"]),
-            EVEN=tile.shape[1] % 16 == 0,
+            **alignment(tile, tile, arguments["keep_ptr"]),
             BLOCK_V=config.block_v,
             LANES=lanes,
             WIDTH=width,

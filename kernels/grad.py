@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropy_po.dispatch import aligned, on_device
+from entropy_po.dispatch import on_device
 from entropy_po.kernels.config import (
     LaunchConfig,
+    alignment,
     check_last_dim_contiguous,
     compiler_options,
     launch_config,
@@ -21,10 +22,13 @@ from entropy_po.kernels.row_math import (
     LOG2E,
     at_columns,
     at_label,
+    before_boundary,
+    body_end,
     divide,
+    edge_columns,
     exp2,
     floored,
-    row_end,
+    from_boundary,
     row_pointer,
     row_scales,
     whole_block,
@@ -71,9 +75,9 @@ def _grad_kernel(
     HAS_SOFTCAP: tl.constexpr,
     KEEP_STRIDE_V: tl.constexpr,
     NARROWS: tl.constexpr,  # the output's elements are narrower than the tile's
-    ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes
+    ALIGNED: tl.constexpr,  # rows begin at multiples of 16 bytes and have a multiple of 16 columns,
+    HAS_EDGES: tl.constexpr,  # but for their edges, which are the same columns of the tile and of the output
     KEEP_ALIGNED: tl.constexpr,
-    EVEN: tl.constexpr,  # n_cols is a multiple of 16
     BLOCK_V: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -81,12 +85,23 @@ def _grad_kernel(
     dtype: tl.constexpr = state_ptr.dtype.element_ty
     out_dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)  # before the first multiply: rows * stride passes 2^31
-    x_ptr = row_pointer(tile_ptr, row, tile_stride, ALIGNED)
-    out_ptr = row_pointer(out_ptr, row, out_stride, ALIGNED)
+    x_ptr = row_pointer(tile_ptr, row, tile_stride, ALIGNED and not HAS_EDGES)
+    row_out_ptr = row_pointer(out_ptr, row, out_stride, ALIGNED and not HAS_EDGES)
     if keep_ptr is not None:
         keep_ptr = row_pointer(keep_ptr, row, keep_stride, KEEP_ALIGNED)
+    x_body, out_body, bias_body, keep_body, n_body = x_ptr, row_out_ptr, bias_ptr, keep_ptr, n_cols
+    if HAS_EDGES:
+        head = before_boundary(tile_ptr, row, tile_stride)
+        n_body = tl.maximum(n_cols - head, 0) // 16 * 16
+        x_body = from_boundary(tile_ptr, row, tile_stride, head)
+        out_body = from_boundary(out_ptr, row, out_stride, head)
+        if bias_ptr is not None:
+            bias_body += head
+        if keep_ptr is not None:
+            keep_body += head * KEEP_STRIDE_V
+        edge_v = edge_columns(tl.arange(0, 32), head, n_body)
     lanes = tl.arange(0, BLOCK_V)
-    whole = n_cols // BLOCK_V * BLOCK_V
+    whole = n_body // BLOCK_V * BLOCK_V
 
     label = tl.load(labels_ptr + row)
     g_logp = tl.full((), 0.0, dtype)
@@ -103,8 +118,10 @@ def _grad_kernel(
     if (label == ignore_index) | ((g_logp == 0.0) & (g_ent == 0.0)) | (s == 0.0):
         zeros = tl.zeros((BLOCK_V,), out_dtype)
         for col in range(0, whole, BLOCK_V):
-            tl.store(out_ptr + (col + lanes), zeros)
-        tl.store(out_ptr + (whole + lanes), zeros, mask=whole + lanes < row_end(n_cols, EVEN))
+            tl.store(out_body + (col + lanes), zeros)
+        tl.store(out_body + (whole + lanes), zeros, mask=whole + lanes < body_end(n_body, ALIGNED))
+        if HAS_EDGES:
+            tl.store(row_out_ptr + edge_v, 0.0, mask=edge_v < n_cols)
         return
 
     mean_d = tl.full((), 0.0, dtype)
@@ -130,24 +147,33 @@ def _grad_kernel(
     for col in tl.range(0, whole, BLOCK_V, num_stages=NUM_STAGES):
         offs_v = col + lanes
         u, slope = whole_block(
-            x_ptr, bias_ptr, keep_ptr, col, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, BLOCK_V, ALIGNED, dtype
+            x_body, bias_body, keep_body, col, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, BLOCK_V, ALIGNED, dtype
         )
         dz = _grad_block(u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY)
         if NARROWS:
             # A narrow row overlays the front of its wide one: this block lands on columns of itself and of blocks
             # before, that a slower warp may still have to read. It never reaches a later block.
             tl.debug_barrier()
-        tl.store(out_ptr + offs_v, (dz * slope).to(out_dtype))
-    if whole < n_cols:
+        tl.store(out_body + offs_v, (dz * slope).to(out_dtype))
+    if whole < n_body:
         offs_v = whole + lanes
-        mask_v = offs_v < row_end(n_cols, EVEN)
-        u, slope = at_columns(x_ptr, bias_ptr, keep_ptr, offs_v, mask_v, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
+        mask_v = offs_v < body_end(n_body, ALIGNED)
+        u, slope = at_columns(
+            x_body, bias_body, keep_body, offs_v, mask_v, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
+        )
         dz = _grad_block(u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY)
         if NARROWS:
             tl.debug_barrier()
-        tl.store(out_ptr + offs_v, (dz * slope).to(out_dtype), mask=mask_v)
+        tl.store(out_body + offs_v, (dz * slope).to(out_dtype), mask=mask_v)
+    if HAS_EDGES:
+        edge_u, edge_slope = at_columns(
+            x_ptr, bias_ptr, keep_ptr, edge_v, edge_v < n_cols, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
+        )
+        edge_dz = _grad_block(edge_u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY)
+        tl.debug_barrier()  # each thread has read all edges; and a narrow row's may land where a slower warp still reads
+        tl.store(row_out_ptr + edge_v, (edge_dz * edge_slope).to(out_dtype), mask=edge_v < n_cols)
     tl.debug_barrier()
-    tl.store(out_ptr + index, (label_dz * label_slope).to(out_dtype), mask=here)
+    tl.store(row_out_ptr + index, (label_dz * label_slope).to(out_dtype), mask=here)
 
 
 def grad_(
@@ -186,9 +212,7 @@ def grad_(
             vocab_start=vocab_start,
             ignore_index=ignore_index,
             NARROWS=out.itemsize < tile.itemsize,
-            ALIGNED=aligned(tile, out),
-            KEEP_ALIGNED=aligned(arguments["keep_ptr"]),
-            EVEN=tile.shape[1] % 16 == 0,
+            **alignment(tile, out, arguments["keep_ptr"]),
             BLOCK_V=config.block_v,
             NUM_STAGES=config.num_stages,
             num_warps=config.num_warps,

@@ -138,10 +138,30 @@ def row_pointer(ptr, row, stride, ALIGNED: tl.constexpr):
     return ptr + offset
 
 
+# Rows that begin and end anywhere in an aligned tensor, as those of an odd vocabulary: all between a row's first 16-byte boundary and
+# its last multiple of 16 columns is the body, whose loads and stores are as those of an aligned row; the rest are its edges.
 @triton.jit
-def row_end(n_cols, EVEN: tl.constexpr):
-    """n_cols; that it is a multiple of 16 is told to the compiler: a mask by it then leaves 16-byte loads and stores whole."""
-    return n_cols // 16 * 16 if EVEN else n_cols
+def before_boundary(ptr, row, stride):
+    """How many elements row `row` has before its first boundary."""
+    return (-(row * stride) & (128 // ptr.dtype.element_ty.primitive_bitwidth - 1)).to(tl.int32)
+
+
+@triton.jit
+def from_boundary(ptr, row, stride, head):
+    """Where row `row` goes on after its `head`."""
+    return ptr + tl.multiple_of(row * stride + head, 128 // ptr.dtype.element_ty.primitive_bitwidth)
+
+
+@triton.jit
+def edge_columns(offs_v, head, n_body):
+    """Columns 0, ..., head - 1 and those after the body, fewer than 32 in all that a row has."""
+    return tl.where(offs_v < head, offs_v, offs_v + n_body)
+
+
+@triton.jit
+def body_end(n_body, ALIGNED: tl.constexpr):
+    """n_body; that it is a multiple of 16 is told to the compiler: a mask by it then leaves 16-byte loads and stores whole."""
+    return n_body // 16 * 16 if ALIGNED else n_body
 
 
 # The logit transform of one row, z = k * u with k > 0: `transformed` makes u, and the kernels form z - m as fma(u, k, -m).

@@ -25,6 +25,7 @@ import pytest
 import torch
 from tile_contract import *  # noqa: F403
 from tile_contract import (
+    DEVICE,
     STATS,
     VOCAB_START,
     folded,
@@ -174,6 +175,42 @@ def test_a_common_offset_needs_the_fma(kernels, gen, monkeypatch):
     assert relative_error_at_an_offset(kernels, gen, 0.7) > 2e-5
 
 
+@pytest.mark.parametrize("v", [1, 5, 40, 256, 1043])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_may_begin_and_end_anywhere(kernels, gen, dtype, v):
+    """At every distance from a boundary, and the tensor at one or not; the output with it, or not."""
+    bias, keep = randn(gen, v, dtype=torch.float32), torch.rand(9, v, generator=gen).to(DEVICE) < 0.8
+    keep[:, 0] = True
+    seen = set()
+    for transform in (Transform(), Transform(bias=bias, keep_mask=keep, softcap=5.0)):
+        for stride, first, out_stride in (
+            (v, 0, v),
+            (v + 1, 0, v + 1),
+            (v + 3, 1, v + 3),
+            (v + 16, 0, v + 17),
+            (1088, 0, 1088),
+        ):
+            frame, out_frame = (
+                torch.full((12 * s + 64,), torch.nan, dtype=dtype, device=DEVICE) for s in (stride, out_stride)
+            )
+            tile = frame.as_strided((9, v), (stride, 1), first)
+            tile.copy_(randn(gen, 9, v))
+            out = out_frame.as_strided((9, v), (out_stride, 1), first)
+            seen.add(tuple(config.alignment(tile, out, None).values())[:2])
+            labels, g = torch.arange(9, device=DEVICE) % v + VOCAB_START, randn(gen, 9, dtype=torch.float32)
+            plain = functions(tiles.Backend.TORCH)
+            ours, theirs = (folded(k, tile, labels, transform) for k in (kernels, plain))
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            expected = gradient(plain, tile, labels, theirs, g, g, transform)
+            gradient(kernels, tile, labels, ours, g, g, transform, out=out)
+            rounding = 8e-3 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(out, expected, rtol=rounding, atol=1e-5)
+            assert out_frame.isnan().sum() == out_frame.numel() - out.numel(), "written outside"
+            gradient(kernels, tile, labels, ours, g, g, transform, out=tile)
+            assert torch.equal(tile, out)
+    assert seen == {(True, True), (False, False)} | ({(True, False)} if v % 16 == 0 else set())
+
+
 def test_through_the_tile_interface(gen):
     tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
     n = tile.shape[0]
@@ -250,7 +287,7 @@ def recorded_launches():
     def record(kernel, *, grid, warmup, **arguments):
         launches.append((kernel, arguments))
 
-    def call(dtype, name, level=Level.ENTROPY, out=None, upstream=(True, True), columns=slice(None), n=n, start=0):
+    def call(dtype, name, level=Level.ENTROPY, out=None, upstream=(True, True), columns=slice(None), n=n, start=0, v=v):
         acc = state_dtype(dtype)
         tile = torch.zeros(n, v, dtype=dtype)[:, columns]
         transform = make_transform(gen, name, n, dtype, v, device="cpu").tile(slice(None), columns, acc)
@@ -270,6 +307,7 @@ def recorded_launches():
             )
             named[f"fold {name} softcap"], named[f"grad {name} softcap"] = call(dtype, "softcap")
             named[f"fold {name} everything"], named[f"grad {name} everything"] = call(dtype, "everything", Level.EXTRAS)
+            named[f"fold {name} odd"], named[f"grad {name} odd"] = call(dtype, "plain", v=50_257)
             named[f"fold {name} unaligned"], named[f"grad {name} unaligned"] = call(
                 dtype, "plain", columns=slice(1, 50_258)
             )
@@ -484,7 +522,9 @@ def assert_no_more_than_committed(kernels):
         ("fold bf16, log-probs alone", "fold bfloat16 logps"),
         ("fold fp32, entropy", "fold float32"),
         ("fold fp32 under a softcap", "fold float32 softcap"),
+        ("fold bf16, entropy, of an odd vocabulary", "fold bfloat16 odd"),
         ("grad bf16, both", "grad bfloat16"),
+        ("grad bf16, both, of an odd vocabulary", "grad bfloat16 odd"),
         ("grad fp32 into bf16", "grad float32 into its bf16 overlay"),
     ],
 )
