@@ -126,6 +126,7 @@ def test_intervals_refuse(values, weights):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_entropy_is_that_of_plain_softmax(model, tokenizer):
     groups = sample_answers(model, tokenizer, PROMPTS, answers_per_prompt=8, max_new_tokens=6, seed=1)
     answers = [answer for group in groups for answer in group]

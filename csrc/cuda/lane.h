@@ -33,9 +33,9 @@ struct alignas(sizeof(E) * kCount) Vector {
 // Relative error: 2.4e-7 (2 units in the last place) of the instruction, and 6e-8 |d log2 e| of the rounded product. In s
 // and t they weigh by p, against a bar of 2e-5 nats: 5e-7 where the mean |d| is 4, even if all were of one sign.
 EP_DEVICE float lane_exp(float d) { return ex2_approx(d * Numeric<float>::kLog2e); }
-EP_DEVICE double lane_exp(double d) { return exp_floored(d); }
+EP_DEVICE double lane_exp(double d) { return exp_floored(floored(d)); }
 
-// floored() in one instruction.
+// floored() in one instruction, for d as a factor: lane_exp takes -inf as it is.
 EP_DEVICE float lane_floored(float d) { return max_or_nan(d, Numeric<float>::kFloor); }
 EP_DEVICE double lane_floored(double d) { return floored(d); }
 
@@ -178,15 +178,14 @@ EP_DEVICE void fold_values(const T* u, T k, RowState<T>& state) {
   state.rescale(product(top, k));
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const T raw = relative(u[i], k, state.m);
-    const T d = lane_floored(raw);
+    const T d = relative(u[i], k, state.m);
     const T e = lane_exp(d);
     state.s += e;
-    if (kLevel >= kEntropy) state.t += e * d;
+    if (kLevel >= kEntropy) state.t += e * lane_floored(d);
     if (kLevel >= kExtras) {
-      const bool alive = raw != Numeric<T>::kMinusInf;
+      const bool alive = d != Numeric<T>::kMinusInf;
       state.q += e * e;
-      state.c += alive ? raw : T(0);
+      state.c += alive ? d : T(0);
       state.live += alive ? T(1) : T(0);
     }
   }
@@ -247,8 +246,9 @@ EP_DEVICE void grad_values(const RowReader<Src, T, kPlain>& row, const RowGradie
   const T logp_scale = gradient.from_logp * scale, entropy_scale = gradient.from_entropy * scale;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const T d = lane_floored(fma(u[i], row.k, -gradient.m));
-    dz[i] = lane_exp(d) * (kWantEntropy ? logp_scale + entropy_scale * (d - gradient.mean_d) : logp_scale);
+    const T d = fma(u[i], row.k, -gradient.m);
+    dz[i] =
+        lane_exp(d) * (kWantEntropy ? logp_scale + entropy_scale * (lane_floored(d) - gradient.mean_d) : logp_scale);
     if (!kPlain && row.before_tanh != T(0)) dz[i] *= slope[i];
   }
 }

@@ -70,7 +70,8 @@ def sample_answers(
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     step = model(inputs["input_ids"], attention_mask=mask, position_ids=positions, logits_to_keep=1, use_cache=True)
-    cache = step.past_key_values
+    cache_name = "cache" if "cache" in step else "past_key_values"  # before transformers 5.24
+    cache = step[cache_name]
     cache.batch_repeat_interleave(answers_per_prompt)
     logits, mask, positions = (
         x.repeat_interleave(answers_per_prompt, dim=0) for x in (step.logits[:, -1], mask, positions[:, -1:])
@@ -97,7 +98,7 @@ def sample_answers(
             rows, token, mask, positions = rows[alive.cpu()], token[alive], mask[alive], positions[alive]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions + 1
-        step = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        step = model(token, attention_mask=mask, position_ids=positions, use_cache=True, **{cache_name: cache})
         logits = step.logits[:, -1]
     texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
     answers = [
