@@ -3,8 +3,7 @@
 The rule is dispatch.json, by architecture: up to how many rows of a tile CUDA C++ goes first, null for any number. It shares a row
 among blocks where Triton has one program for each, and so leaves most of a GPU idle at few rows; and the edges of rows that begin
 anywhere cost it less: Triton takes a block more for them, or reads element by element where the tensor itself begins so. "default"
-follows from that alone, by counting;
-`python -m benchmarks.gpu_tune` measures, and writes the entry of the device it runs on.
+follows from that alone, by counting; `python -m benchmarks.gpu_tune` measures, and writes the entry of the device it runs on.
 """
 
 from __future__ import annotations

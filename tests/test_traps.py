@@ -141,6 +141,23 @@ def test_tile_without_its_label_gives_nan_not_a_number():
         assert logps[0].isfinite() and logps[1].isnan()
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_a_bias_of_the_least_number_bans_a_word(backend):
+    """torch.finfo(dtype).min for -inf is how many mask; a tile of nothing else was 0 times an overflow, in a state and beyond it."""
+    v, banned = 600, slice(0, 450)
+    hidden, weight, labels = torch.randn(40, 8), torch.randn(v, 8), torch.randint(450, v, (40,))
+    bias, keep = torch.zeros(v), torch.ones(v, dtype=torch.bool)
+    bias[banned], keep[banned] = torch.finfo(torch.float32).min, False
+    g = torch.randn(2, 40)
+    common = {"backend": backend, "workspace_bytes": 20_000}  # several tiles, the first of banned words alone
+    ours, (dh, dw) = gradients(lambda h, w: linear_token_stats(h, w, labels, bias=bias, **common), [hidden, weight], g)
+    kept, (kept_dh, kept_dw) = gradients(
+        lambda h, w: linear_token_stats(h, w, labels, keep_mask=keep, **common), [hidden, weight], g
+    )
+    for x, y in ((ours.logps, kept.logps), (ours.entropy, kept.entropy), (dh, kept_dh), (dw, kept_dw)):
+        assert torch.equal(x, y)
+
+
 def test_ignored_rows_give_zero_even_when_they_hold_nan():
     """Label -100: 0 * NaN reached the gradient of the weight. An ignore_index inside the vocabulary counts as well."""
     for ignore_index in (-100, 0, 49):

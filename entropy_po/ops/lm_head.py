@@ -213,9 +213,8 @@ class HiddenSum:
         if head.kept is None:
             return result
         # From the last to the first: a kept row's place never lies before it, so nothing is overwritten unmoved.
-        chunk = (
-            max(128, (1 << 24) // max(head.dim, 1)) if result.device.type != "cpu" else 128
-        )  # there, launches are what it costs
+        # On a GPU, launches are what it costs.
+        chunk = 128 if result.device.type == "cpu" else max(128, (1 << 24) // max(head.dim, 1))
         for part in reversed(list(slices(0, head.num_kept, chunk))):
             result.index_copy_(0, head.kept[part], result[part].clone())
         ignored = torch.ones(head.num_rows, dtype=torch.bool, device=result.device).index_fill_(0, head.kept, False)
