@@ -273,10 +273,11 @@ def _lines(report: dict[str, Any]) -> list[str]:
     origin = [install.get("tag"), install.get("commit") and f"commit {install['commit']}"]
     lines.append("  ".join(["  installed as", *filter(None, [install.get("kind"), *origin]), install.get("path", "?")]))
     lines += [f"  PROBLEM {problem}" for problem in report["problems"]]
+    present = ["cpu", *(d["type"] for d in gpu["devices"])]
     for device, backends in report["backends"].items():
-        in_use = backends[0] if device in ["cpu", *(d["type"] for d in gpu["devices"])] else "no device here"
+        in_use = backends[0] if device in present else "no device here"
         lines.append(f"  {device:5} {in_use}" + (f"  (also {', '.join(backends[1:])})" if len(backends) > 1 else ""))
-    for arch, rule in report["dispatch"].items() if gpu["devices"] else ():
+    for arch, rule in report["dispatch"].items() if "cuda" in present else ():
         for most in dict.fromkeys(rule.values()):
             tiles_of = ", ".join(entry for entry, rows in rule.items() if rows == most)
             where = "any number of" if most is None else f"up to {most}"

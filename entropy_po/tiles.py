@@ -39,7 +39,7 @@ class Backend(str, Enum):
     TORCH = "torch"  # reference.py
 
 
-# Preferred first. `torch` serves both and is never chosen silently where a faster backend should have been there.
+# Preferred first. `torch` serves all and is never chosen silently where a faster backend should have been there.
 # Where both of CUDA's are usable and none is named, each tile has its own (dispatch.py).
 BACKENDS_BY_DEVICE = {
     "cpu": (Backend.CPP, Backend.TORCH),

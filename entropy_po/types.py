@@ -121,7 +121,8 @@ def merge_states(states: Tensor, owner: Tensor) -> Tensor:
     def at_owner(values: Tensor) -> Tensor:
         return values.gather(0, owner[None])[0]
 
-    merged = [m, (s * shrink).sum(0), ((t + s * delta) * shrink).sum(0), at_owner(label_d + delta), at_owner(label_z)]
+    moved = torch.where(shrink == 0, 0, (t + s * delta) * shrink)  # of an infinity perhaps
+    merged = [m, (s * shrink).sum(0), moved.sum(0), at_owner(label_d + delta), at_owner(label_z)]
     if states.shape[1] > len(merged):
         q, c, live = parts[:, 5:].unbind(1)
         merged += [(q * shrink**2).sum(0), (c + live * delta).sum(0), live.sum(0)]

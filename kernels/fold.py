@@ -21,10 +21,12 @@ from entropy_po.kernels.config import (
     transform_arguments,
 )
 from entropy_po.kernels.row_math import (
+    FLOOR_OF_U,
     LEVEL_ENTROPY,
     LEVEL_EXTRAS,
     LOG2E,
     LOWEST,
+    LOWEST64,
     MINUS_INF,
     at_columns,
     before_boundary,
@@ -52,7 +54,7 @@ def _fold_block(u, k2, top, s, t, q, c, live, LEVEL: tl.constexpr, LANES: tl.con
     e = exp2(d * k2)
     s += _per_lane(e)
     if LEVEL >= LEVEL_ENTROPY:
-        t += _per_lane(e * floored(d))
+        t += _per_lane(e * floored(d, FLOOR_OF_U))
     if LEVEL >= LEVEL_EXTRAS:
         alive = u != MINUS_INF  # a NaN is
         q += _per_lane(e * e)
@@ -125,7 +127,7 @@ def _fold_kernel(
     k2 = k * LOG2E
 
     # A lane's sums are relative to its own largest u, and d is a difference of two u: (6) of README.md.
-    top = tl.full((LANES,), LOWEST, dtype)
+    top = tl.full((LANES,), LOWEST64 if dtype == tl.float64 else LOWEST, dtype)
     s = tl.zeros((LANES,), dtype)
     t = tl.zeros((LANES,), dtype)
     q = tl.zeros((LANES,), dtype)
@@ -134,7 +136,7 @@ def _fold_kernel(
     x_body, bias_body, keep_body, n_body = x_ptr, bias_ptr, keep_ptr, n_cols
     if HAS_EDGES:
         head = before_boundary(tile_ptr, row, tile_stride)
-        n_body = tl.maximum(n_cols - head, 0) // 16 * 16
+        n_body = (tl.maximum(n_cols - head, 0) // 16 * 16).to(tl.int32)
         x_body = from_boundary(tile_ptr, row, tile_stride, head)
         if bias_ptr is not None:
             bias_body += head
@@ -152,7 +154,7 @@ def _fold_kernel(
         u, _ = at_columns(x_body, bias_body, keep_body, offs_v, mask_v, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype)
         top, s, t, q, c, live = _fold_block(u, k2, top, s, t, q, c, live, LEVEL, LANES, WIDTH)
     if HAS_EDGES:  # last, so that the loop's sums lie where its loads leave them
-        edge_v = edge_columns(tl.arange(0, LANES * WIDTH), head, n_body)
+        edge_v = edge_columns(tl.arange(0, LANES * WIDTH if LANES * WIDTH > 32 else 32), head, n_body)
         edge_u, _ = at_columns(
             x_ptr, bias_ptr, keep_ptr, edge_v, edge_v < n_cols, before_tanh, HAS_SOFTCAP, KEEP_STRIDE_V, dtype
         )
@@ -165,7 +167,8 @@ def _fold_kernel(
     is_empty = (s == 0.0) | (u_max * k == MINUS_INF)
     weight = tl.where(is_empty, 0.0, 1.0)
     s, t, q = s * weight, tl.sum(t, axis=0) * weight * k, tl.sum(q, axis=0) * weight
-    c, live = tl.sum(c, axis=0) * weight * k, tl.sum(live, axis=0) * weight
+    c = tl.where(is_empty, 0.0, tl.sum(c, axis=0) * k)  # it may be infinite
+    live = tl.where(is_empty, 0.0, tl.sum(live, axis=0))
 
     # And relative to m, the rounded product, of this tile or of earlier ones. As an fma, the difference has what that rounding
     # took; as a difference, it would be contracted into one without a word, and have it or not.

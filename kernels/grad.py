@@ -19,6 +19,7 @@ from entropy_po.kernels.config import (
     transform_arguments,
 )
 from entropy_po.kernels.row_math import (
+    FLOOR,
     LOG2E,
     at_columns,
     at_label,
@@ -41,7 +42,7 @@ def _grad_block(u, k, m, mean_d, logp_scale, entropy_scale, WANT_ENTROPY: tl.con
     """dz * chain of a block, (4) of README.md without the label's term."""
     if WANT_ENTROPY:
         d = tl.fma(u, k, -m)
-        return exp2(d * LOG2E) * (logp_scale + entropy_scale * (floored(d) - mean_d))
+        return exp2(d * LOG2E) * (logp_scale + entropy_scale * (floored(d, FLOOR) - mean_d))
     else:
         return exp2(tl.fma(u, k, -m) * LOG2E) * logp_scale
 
@@ -92,7 +93,7 @@ def _grad_kernel(
     x_body, out_body, bias_body, keep_body, n_body = x_ptr, row_out_ptr, bias_ptr, keep_ptr, n_cols
     if HAS_EDGES:
         head = before_boundary(tile_ptr, row, tile_stride)
-        n_body = tl.maximum(n_cols - head, 0) // 16 * 16
+        n_body = (tl.maximum(n_cols - head, 0) // 16 * 16).to(tl.int32)
         x_body = from_boundary(tile_ptr, row, tile_stride, head)
         out_body = from_boundary(out_ptr, row, out_stride, head)
         if bias_ptr is not None:

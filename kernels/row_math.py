@@ -13,8 +13,12 @@ from entropy_po.types import Level
 LEVEL_ENTROPY = tl.constexpr(int(Level.ENTROPY))
 LEVEL_EXTRAS = tl.constexpr(int(Level.EXTRAS))
 MINUS_INF = tl.constexpr(float("-inf"))
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # number of fp32
-FLOOR = tl.constexpr(-1e15)  # of d: its exp is an exact 0, and no scale of a gradient takes it to infinity
+LOWEST, LOWEST64 = (
+    tl.constexpr(-3.4028234663852886e38),
+    tl.constexpr(-1.7976931348623157e308),
+)  # numbers of fp32 and fp64
+# Of d: its exp is an exact 0. That of z is no lower than that no scale of a gradient takes it to infinity; that of u is, for k may be small.
+FLOOR, FLOOR_OF_U = tl.constexpr(-1e15), tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.44269504088896340736)
 
 # 2^d; one instruction on NVIDIA GPUs, where tl.exp2 has three more for results below the normal range of fp32.
@@ -42,10 +46,10 @@ def divide(a, b):
 
 
 @triton.jit
-def floored(d):
+def floored(d, floor):
     """d where it multiplies exp(d): -inf becomes finite, so that 0 * d is 0, and so is s * d * 0. A NaN may become finite, too, but
     its exp, which is taken of d itself, is one; a maximum that keeps a NaN takes three instructions on some GPUs."""
-    return tl.maximum(d, FLOOR)
+    return tl.maximum(d, floor)
 
 
 @triton.jit
@@ -107,11 +111,11 @@ def tanh_and_slope(v):
 def moved(delta, shrink, s, t, q, c, live, LEVEL: tl.constexpr):
     """The sums relative to another reference: the old one lies `delta` from it, in the unit of d, `shrink` is e^(z's part)."""
     if LEVEL >= LEVEL_ENTROPY:
-        t = (t + s * floored(delta)) * shrink
+        t = (t + s * floored(delta, FLOOR_OF_U)) * shrink
     s = s * shrink
     if LEVEL >= LEVEL_EXTRAS:
         q = q * (shrink * shrink)
-        c = c + live * delta
+        c = c + tl.where(live == 0.0, 0.0, live * delta)  # an infinite delta, where nothing is live yet
     return s, t, q, c
 
 
@@ -143,7 +147,7 @@ def row_pointer(ptr, row, stride, ALIGNED: tl.constexpr):
 @triton.jit
 def before_boundary(ptr, row, stride):
     """How many elements row `row` has before its first boundary."""
-    return (-(row * stride) & (128 // ptr.dtype.element_ty.primitive_bitwidth - 1)).to(tl.int32)
+    return -(row * stride) & (128 // ptr.dtype.element_ty.primitive_bitwidth - 1)
 
 
 @triton.jit

@@ -9,8 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from entropy_po import linear_token_stats, token_stats
-from entropy_po.ops import gemm
+from entropy_po.ops import gemm, sequences
+from entropy_po.ops.linear_token_stats import _plan
 from entropy_po.ops.lm_head import LmHead
+from entropy_po.plan import DEFAULT_GPU_WORKSPACE, plan_sequences, plan_tiles
 from entropy_po.types import state_dtype
 
 
@@ -39,11 +41,29 @@ def operand(n, dtype):
     return made
 
 
-@pytest.mark.parametrize("device", ["xpu", "mps"])
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_a_gpu_is_planned_as_one(device):
+    """Whichever: every table of sizes has its numbers."""
+    hidden = SimpleNamespace(device=torch.device(device), requires_grad=True)
+    head = SimpleNamespace(
+        hidden=hidden, arithmetic=torch.float32, operand_copies=False, dim=64, num_kept=5000, vocab_size=9000
+    )
+    head.shards = SimpleNamespace(widest=9000)
+    assert sequences.any_shape_budget(head, 1 << 40, "auto") == DEFAULT_GPU_WORKSPACE
+    plan = _plan(head, DEFAULT_GPU_WORKSPACE)
+    assert plan == plan_tiles(
+        5000, 9000, 64, element=4, operand_copies=False, workspace_bytes=1 << 30, device_type="cuda"
+    )
+    sized = {"coupled": 2, "trained": True, "element": 4, "converts": False, "workspace_bytes": 1 << 30}
+    by_kind = [plan_sequences([900, 800], 9000, 64, device_type=name, **sized) for name in ("cuda", device)]
+    assert by_kind[0] == by_kind[1]
+
+
+@pytest.mark.parametrize("device", ["mps"])
 def test_another_accelerator_is_refused_by_name(device):
     with FakeTensorMode():
         logits, labels = torch.empty(2, 5, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-        with pytest.raises(ValueError, match=f"logits is on {device}.*; move it to a CPU or a CUDA or ROCm GPU"):
+        with pytest.raises(ValueError, match=f"logits is on {device}.*; move it to a CPU or a CUDA, ROCm or XPU GPU"):
             token_stats(logits, labels)
         with pytest.raises(ValueError, match=f"hidden_states is on {device}"):
             linear_token_stats(logits, logits, labels)

@@ -431,7 +431,7 @@ def test_the_least_number_may_stand_for_minus_inf(kernels, gen, dtype, order, te
     mean logit tells. And a row of nothing else is a row of equal logits, where a temperature does not make it -inf."""
     tile, labels = make_logits(gen, dtype, kinds=("wide", "peaked"))
     labels = labels.clamp(VOCAB_START + 200, VOCAB_START + 299)
-    least = torch.finfo(dtype).min if dtype != torch.float64 else torch.finfo(torch.float32).min
+    least = torch.finfo(dtype).min
     transform, g = Transform(temperature=temperature), randn(gen, tile.shape[0], dtype=state_dtype(dtype))
     made = []
     for value in (least, -torch.inf):
@@ -459,6 +459,55 @@ def test_the_least_number_may_stand_for_minus_inf(kernels, gen, dtype, order, te
         uniform = torch.full_like(stats.entropy, V).log()
         torch.testing.assert_close(stats.entropy, uniform, rtol=1e-6, atol=0)
         torch.testing.assert_close(stats.logps, -uniform, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "dtype, transform, values",
+    [
+        (torch.float32, Transform(), (2e31, 0.0, -torch.inf)),  # what is not live yet has no distance
+        (torch.float32, Transform(), (0.0, 2e31, -torch.inf)),
+        (torch.float64, Transform(), (-1e39, -1e40, -1e39)),  # below all of fp32
+        (
+            torch.float32,
+            Transform(logit_scale=1e-4, temperature=1e12),
+            (0.0, -1e16, -2e16),
+        ),  # far apart before the scale alone
+        (torch.bfloat16, Transform(logit_scale=1e-4, temperature=1e12), (0.0, -1e16, -2e16)),
+    ],
+)
+def test_logits_of_any_size(kernels, gen, dtype, transform, values):
+    """Each a part of the row, in every order; in one tile and in two."""
+    tile = torch.empty(3, V, dtype=dtype, device=DEVICE)
+    for row in range(3):
+        for part, value in zip(
+            (slice(0, 140), slice(140, 280), slice(280, V)), values[row:] + values[:row], strict=True
+        ):
+            tile[row, part] = value
+    labels = torch.full((3,), VOCAB_START + 141, device=DEVICE)
+    truth = reference.token_stats(tile.double(), labels - VOCAB_START, transform)
+    parts = new_state(3, Level.EXTRAS, tile)
+    for cols in (slice(0, 140), slice(140, V)):
+        folded(kernels, tile[:, cols], labels, transform, vocab_start=VOCAB_START + cols.start, state=parts)
+    for state in (parts, folded(kernels, tile, labels, transform)):
+        stats = stats_from_state(state, STATS)
+        for name in ("logps", "entropy", "lse", "mean_logit", "log_sum_sq_probs"):
+            torch.testing.assert_close(
+                getattr(stats, name).double(), getattr(truth, name), rtol=2e-5, atol=1e-6, msg=name
+            )
+
+
+def test_a_tile_that_a_temperature_makes_minus_inf_is_nothing(kernels, gen):
+    tile, labels = make_logits(gen, torch.float32, kinds=("wide",))
+    labels = labels.clamp(max=VOCAB_START + 139)
+    tile[:, 140:] = torch.finfo(torch.float32).min
+    tile[:, 150] = -2.5e38
+    transform, outcomes = Transform(temperature=0.7), []
+    for columns in (V, 140):
+        state = new_state(len(tile), Level.EXTRAS, tile)
+        for cols in (slice(140, columns), slice(0, 140)):
+            folded(kernels, tile[:, cols], labels, transform, vocab_start=VOCAB_START + cols.start, state=state)
+        outcomes.append(torch.stack([x.float() for x in stats_from_state(state, STATS)]))
+    assert torch.equal(*outcomes) and outcomes[0].isfinite().all()
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])

@@ -22,6 +22,7 @@ from entropy_po.plan import (
     MIN_TILE_SIDE,
     Choice,
     SequencePlan,
+    kind_of,
     plan_sequences,
     slices,
     tile_bytes,
@@ -136,7 +137,7 @@ def _log(choice: Choice) -> None:
 
 def any_shape_budget(head: LmHead, workspace_bytes: int, strategy: str) -> int:
     """For tiles of any shape; a call that names its strategy gets one, whatever the budget, also where nothing is trained."""
-    budget = min(workspace_bytes, ANY_SHAPE_WORKSPACE[head.hidden.device.type])
+    budget = min(workspace_bytes, ANY_SHAPE_WORKSPACE[kind_of(head.hidden.device.type)])
     if strategy == "auto":
         return budget
     element, copies = head.arithmetic.itemsize, head.operand_copies
