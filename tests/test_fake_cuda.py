@@ -59,6 +59,15 @@ def test_a_gpu_is_planned_as_one(device):
     assert by_kind[0] == by_kind[1]
 
 
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "XPU"])
+@pytest.mark.parametrize(
+    "name", ["token_stats", "token_stats_backward", "linear_token_stats", "linear_preference_loss"]
+)
+def test_operators_are_registered_for_every_device_that_is_served(name, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"entropy_po::{name}", key)
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"entropy_po::{name}", "MPS")
+
+
 @pytest.mark.parametrize("device", ["mps"])
 def test_another_accelerator_is_refused_by_name(device):
     with FakeTensorMode():

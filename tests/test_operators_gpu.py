@@ -192,7 +192,8 @@ def test_the_hidden_path_can_be_captured_and_replayed_with_other_labels(backend,
     labels[1::4] = -100
     graph.replay()
     for ours, eager in zip(captured, run(), strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-4)
+        parts = 4e-3 * eager.abs().max().item() if ours.dtype == torch.bfloat16 else 0  # of a sum that cuBLAS may split
+        torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-4 + parts)
     assert not captured[0][1::4].any() and not captured[1][1::4].any()
 
 

@@ -225,7 +225,8 @@ def gradient_tile(tile: Tensor, dtype: torch.dtype) -> Tensor:
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool, scratch: Scratch) -> None:
     """total (+)= left @ right. `total` of the operands' dtype takes one product; sums of several are kept in fp32.
 
-    GPUs and the compiled core add bf16 products in fp32. Elsewhere each is rounded once, as any bf16 GEMM's result is,
+    One that is the result by itself is torch's: where cuBLAS splits its sum, the parts are added in bf16 if the user lets it.
+    GPUs and the compiled core add several bf16 products in fp32. Elsewhere each is rounded once, as any bf16 GEMM's result is,
     before it is added.
     """
     compiled = _is_compiled(left, right)

@@ -146,7 +146,7 @@ def linear_preference_loss(
         torch.compile knows and leaves the call out of its graphs.
 
     Numerics:
-        Tile values and sums are fp32 whatever the operands are; log-probs of sequences, margins and losses are summed in
+        Tile values and sums of products are fp32 whatever the operands are; log-probs of sequences, margins and losses are summed in
         fp64. All strategies agree to rounding. The bf16 dH of a deferred pair is rounded as it is kept, and again as it is scaled.
 
     Example:
@@ -550,8 +550,7 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     return *sequences.all_scaled(ctx, grad_loss), *nothing[3:]
 
 
-schema.LIBRARY.impl("linear_preference_loss", _forward, "CPU")
-schema.LIBRARY.impl("linear_preference_loss", _forward, "CUDA")
+schema.register_kernel("linear_preference_loss", _forward)
 torch.library.register_fake("entropy_po::linear_preference_loss", _fake_forward, lib=schema.LIBRARY)
 torch.library.register_autograd(
     "entropy_po::linear_preference_loss", _autograd, setup_context=_setup_context, lib=schema.LIBRARY

@@ -94,7 +94,8 @@ def linear_token_stats(
         number is asked for, which waits for the device. Over a vocab_group there is no capture: the ranks compare their calls.
 
     Numerics:
-        Tile values and sums are fp32 whatever the operands are. With bf16 operands the tile's gradient is rounded to
+        Tile values and sums of products are fp32 whatever the operands are; one product that is a result by itself is rounded
+        as torch rounds it (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`). With bf16 operands the tile's gradient is rounded to
         bf16 once, for the two products that follow, as is a gradient that is kept for the backward. On a CPU under
         torch.use_deterministic_algorithms, a row's values have the same bits in any batch.
 
@@ -366,8 +367,7 @@ for _name, _kernel, _fake in (
     ("linear_token_stats", _forward, _fake_forward),
     ("linear_token_stats_backward", _backward, _fake_backward),
 ):
-    schema.LIBRARY.impl(_name, _kernel, "CPU")
-    schema.LIBRARY.impl(_name, _kernel, "CUDA")
+    schema.register_kernel(_name, _kernel)
     torch.library.register_fake(f"entropy_po::{_name}", _fake, lib=schema.LIBRARY)
 torch.library.register_autograd(
     "entropy_po::linear_token_stats", _autograd, setup_context=_setup_context, lib=schema.LIBRARY

@@ -6,6 +6,7 @@ names, and an output that was not asked for as an empty tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from entropy_po.ops import checks, parallel
 from entropy_po.ops.parallel import VocabShards
+from entropy_po.tiles import BACKENDS_BY_DEVICE
 from entropy_po.types import TokenStats, Transform, state_dtype
 
 if TYPE_CHECKING:
@@ -28,6 +30,12 @@ OPTIONS = (
 )
 STATS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 FIELDS = TokenStats._fields
+
+
+def register_kernel(name: str, kernel: Callable[..., Any]) -> None:
+    """The operator's implementation, one for every device that a tile backend serves."""
+    for device in BACKENDS_BY_DEVICE:
+        LIBRARY.impl(name, kernel, device.upper())
 
 
 def flat_options(

@@ -373,7 +373,7 @@ def scale_rows(x: Tensor, factors: Tensor, out: Tensor) -> None:
 
 def few_rows(x: Tensor) -> Iterator[slice]:
     """The rows of `x` [n, ...], some megabytes at a time: an expression's temporaries are never as large as it is."""
-    elements = 1 << (20 if x.device.type == "cpu" else 24)
+    elements = 1 << (20 if x.device.type == "cpu" else 22)
     return slices(0, len(x), max(1, elements // max(x[:1].numel(), 1)))
 
 

@@ -241,7 +241,6 @@ for _name, _kernel, _fake in (
     ("token_stats_backward", _backward, _fake_backward),
     ("token_stats_backward_", _backward_, _fake_backward_),
 ):
-    schema.LIBRARY.impl(_name, _kernel, "CPU")
-    schema.LIBRARY.impl(_name, _kernel, "CUDA")
+    schema.register_kernel(_name, _kernel)
     torch.library.register_fake(f"entropy_po::{_name}", _fake, lib=schema.LIBRARY)
 torch.library.register_autograd("entropy_po::token_stats", _autograd, setup_context=_setup_context, lib=schema.LIBRARY)
