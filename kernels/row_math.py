@@ -13,10 +13,8 @@ from entropy_po.types import Level
 LEVEL_ENTROPY = tl.constexpr(int(Level.ENTROPY))
 LEVEL_EXTRAS = tl.constexpr(int(Level.EXTRAS))
 MINUS_INF = tl.constexpr(float("-inf"))
-LOWEST, LOWEST64 = (
-    tl.constexpr(-3.4028234663852886e38),
-    tl.constexpr(-1.7976931348623157e308),
-)  # numbers of fp32 and fp64
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # number of fp32
+LOWEST64 = tl.constexpr(-1.7976931348623157e308)  # and of fp64
 # Of d: its exp is an exact 0. That of z is no lower than that no scale of a gradient takes it to infinity; that of u is, for k may be small.
 FLOOR, FLOOR_OF_U = tl.constexpr(-1e15), tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.44269504088896340736)

@@ -95,9 +95,9 @@ def linear_token_stats(
 
     Numerics:
         Tile values and sums of products are fp32 whatever the operands are; one product that is a result by itself is rounded
-        as torch rounds it (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`). With bf16 operands the tile's gradient is rounded to
-        bf16 once, for the two products that follow, as is a gradient that is kept for the backward. On a CPU under
-        torch.use_deterministic_algorithms, a row's values have the same bits in any batch.
+        as torch rounds it (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`). With bf16 operands the tile's
+        gradient is rounded to bf16 once, for the two products that follow, as is a gradient that is kept for the backward. On a
+        CPU under torch.use_deterministic_algorithms, a row's values have the same bits in any batch.
 
     Example:
         >>> hidden, head = torch.randn(6, 16, requires_grad=True), torch.nn.Linear(16, 50, bias=False)
